@@ -1,0 +1,52 @@
+"""ComfyUI's entry: what ComfyUI reads when this repository lies in ``custom_nodes/``.
+
+Owns nothing but the way to ``legion_shm.nodes``, whose mappings it hands on. Imports without ComfyUI and
+without torch. Where ``legion_shm`` was not installed with pip, the folders beside this file serve as it;
+they never become importable under names of their own, since ``nodes`` is ComfyUI's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+
+def _load_from_checkout(root: Path) -> None:
+    """Make ``legion_shm`` of the folders in ``root``, also where its symlinks became text files."""
+    package = root / "legion_shm"
+    spec = importlib.util.spec_from_file_location(
+        "legion_shm", package / "__init__.py", submodule_search_locations=[str(package), str(root)]
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{package} holds no package", name="legion_shm")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["legion_shm"] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules["legion_shm"]
+        raise
+
+
+def _load() -> tuple[dict[str, type], dict[str, str]]:
+    root = Path(__file__).resolve().parent
+    try:
+        if importlib.util.find_spec("legion_shm") is None:
+            _load_from_checkout(root)
+        from legion_shm.nodes import NODE_CLASS_MAPPINGS as CLASSES
+        from legion_shm.nodes import NODE_DISPLAY_NAME_MAPPINGS as NAMES
+    except ImportError as error:
+        logging.getLogger("legion_shm").error(
+            "The Legion nodes are not available: %s. Run `python -m pip install -r requirements.txt` in %s.",
+            error,
+            root,
+        )
+        return {}, {}
+    return dict(CLASSES), dict(NAMES)
+
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = _load()

@@ -1,0 +1,156 @@
+"""Legion SHM: headless ComfyUI workers that exchange tensors through shared memory.
+
+The names below load on first use, so that ``import legion_shm`` brings in neither torch nor ZeroMQ.
+A name's own module holds its documentation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from legion_shm.config import JobOptions, SupervisorSettings, WorkerSpec
+    from legion_shm.errors import (
+        ArenaFull,
+        ConfigError,
+        DeadlineExceeded,
+        ForkedError,
+        InvalidHandle,
+        InvalidWorkflow,
+        JobCancelled,
+        JobError,
+        JobFailed,
+        LegionError,
+        MessageTooLarge,
+        ProtocolError,
+        QueueFull,
+        StaleHandle,
+        StartupError,
+        StartupTimeout,
+        SupervisorClosed,
+        UnsupportedValue,
+        WorkerLost,
+    )
+    from legion_shm.events import (
+        Event,
+        EventsDropped,
+        JobEnded,
+        JobQueued,
+        JobRetrying,
+        JobStarted,
+        LogEvent,
+        NodeEvent,
+        PreviewEvent,
+        ProgressEvent,
+    )
+    from legion_shm.job_context import check_cancelled, current_job, progress
+    from legion_shm.supervisor.api import Supervisor
+    from legion_shm.supervisor.job import Job
+    from legion_shm.supervisor.result import JobStats, Result, Transfer
+    from legion_shm.supervisor.state import WorkerInfo
+    from legion_shm.workflow import load_workflow
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArenaFull",
+    "ConfigError",
+    "DeadlineExceeded",
+    "Event",
+    "EventsDropped",
+    "ForkedError",
+    "InvalidHandle",
+    "InvalidWorkflow",
+    "Job",
+    "JobCancelled",
+    "JobEnded",
+    "JobError",
+    "JobFailed",
+    "JobOptions",
+    "JobQueued",
+    "JobRetrying",
+    "JobStarted",
+    "JobStats",
+    "LegionError",
+    "LogEvent",
+    "MessageTooLarge",
+    "NodeEvent",
+    "PreviewEvent",
+    "ProgressEvent",
+    "ProtocolError",
+    "QueueFull",
+    "Result",
+    "StaleHandle",
+    "StartupError",
+    "StartupTimeout",
+    "Supervisor",
+    "SupervisorClosed",
+    "SupervisorSettings",
+    "Transfer",
+    "UnsupportedValue",
+    "WorkerInfo",
+    "WorkerLost",
+    "WorkerSpec",
+    "check_cancelled",
+    "current_job",
+    "load_workflow",
+    "progress",
+]
+
+_MODULES = {
+    "legion_shm.config": ("JobOptions", "SupervisorSettings", "WorkerSpec"),
+    "legion_shm.errors": (
+        "ArenaFull",
+        "ConfigError",
+        "DeadlineExceeded",
+        "ForkedError",
+        "InvalidHandle",
+        "InvalidWorkflow",
+        "JobCancelled",
+        "JobError",
+        "JobFailed",
+        "LegionError",
+        "MessageTooLarge",
+        "ProtocolError",
+        "QueueFull",
+        "StaleHandle",
+        "StartupError",
+        "StartupTimeout",
+        "SupervisorClosed",
+        "UnsupportedValue",
+        "WorkerLost",
+    ),
+    "legion_shm.events": (
+        "Event",
+        "EventsDropped",
+        "JobEnded",
+        "JobQueued",
+        "JobRetrying",
+        "JobStarted",
+        "LogEvent",
+        "NodeEvent",
+        "PreviewEvent",
+        "ProgressEvent",
+    ),
+    "legion_shm.job_context": ("check_cancelled", "current_job", "progress"),
+    "legion_shm.supervisor.api": ("Supervisor",),
+    "legion_shm.supervisor.job": ("Job",),
+    "legion_shm.supervisor.result": ("JobStats", "Result", "Transfer"),
+    "legion_shm.supervisor.state": ("WorkerInfo",),
+    "legion_shm.workflow": ("load_workflow",),
+}
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,248 @@
+"""Settings: validated, typed, loadable from YAML, with defaults that need no thought.
+
+`WorkerSpec` describes a worker, `SupervisorSettings` the supervisor's limits, `JobOptions` one job.
+All are immutable pydantic models that refuse unknown keys. Whatever is wrong with one raises
+`ConfigError` naming the key, what was given and what was expected. Nothing here starts anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from legion_shm.errors import ConfigError
+
+__all__ = ["JobOptions", "SupervisorSettings", "WorkerSpec", "load_yaml"]
+
+_Model = TypeVar("_Model", bound="_Settings")
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MiB = 1 << 20
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+    title: ClassVar[str] = "settings"
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _config_error(type(self), error) from None
+
+    @classmethod
+    def from_yaml(cls: type[_Model], source: str | os.PathLike[str]) -> _Model:
+        """Read from a YAML file. Raises ConfigError that names the file, and the line or the key."""
+        path = Path(source)
+        values = load_yaml(path)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}", key=error.key) from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises ConfigError naming the file, with the line for a syntax error.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error}") from error
+    try:
+        values: object = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {error.problem or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return {str(key): value for key, value in cast("dict[object, Any]", values).items()}
+
+
+def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError:
+    lines: list[str] = []
+    first_key: str | None = None
+    for item in error.errors(include_url=False, include_context=False):
+        key = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        first_key = first_key or key
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(sorted(model.model_fields))
+            lines.append(f"{key}: unknown; {model.title} has {known}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing")
+        elif key.split(".")[0] == "env":  # values of the environment may be secrets
+            lines.append(f"{key}: {item['msg']}")
+        else:
+            lines.append(f"{key}: {item['msg']}; got {_short(item.get('input'))}")
+    return ConfigError(f"{model.title}: " + "; ".join(lines), key=first_key)
+
+
+def _path_text(value: object) -> object:
+    return os.fspath(cast("os.PathLike[str]", value)) if isinstance(value, os.PathLike) else value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class WorkerSpec(_Settings):
+    """What a worker is. Equal specs share workers; a worker is started on first use.
+
+    ``env`` is set before the worker's interpreter starts, over the environment of this process.
+    ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
+    ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
+    ``sys.path``. A ``python_executable`` other than ours needs legion_shm installed in it.
+    """
+
+    title: ClassVar[str] = "WorkerSpec"
+
+    engine: Literal["auto", "graph", "comfy"] = "auto"
+    node_modules: Sequence[str] = ()
+    env: Mapping[str, str] = Field(default_factory=dict[str, str])
+    python_path: Sequence[str] = ()
+    python_executable: str | None = None
+    working_dir: str | None = None
+    comfyui_path: str | None = None
+    extra_args: Sequence[str] = ()
+    max_workers: int = Field(default=1, ge=1, le=256)
+    startup_timeout_s: Seconds = 120.0
+    idle_timeout_s: Seconds | None = None
+    max_jobs_per_life: int | None = Field(default=None, ge=1)
+
+    @field_validator("node_modules", "python_path", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        if isinstance(value, (str, os.PathLike)):
+            return (_path_text(value),)
+        if isinstance(value, Sequence):
+            return tuple(_path_text(item) for item in cast("Sequence[object]", value))
+        return value
+
+    @field_validator("extra_args", mode="before")
+    @classmethod
+    def _split_arguments(cls, value: object) -> object:
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            import shlex
+
+            return tuple(shlex.split(value))
+        if isinstance(value, Sequence):
+            return tuple(cast("Sequence[object]", value))
+        return value
+
+    @field_validator("python_executable", "comfyui_path", "working_dir", mode="before")
+    @classmethod
+    def _plain_path(cls, value: object) -> object:
+        return _path_text(value)
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _env_text(cls, value: object) -> object:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            return value
+        env: dict[str, str] = {}
+        for name, content in cast("Mapping[object, object]", value).items():
+            if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+                raise ValueError(f"{name!r} is not a name of an environment variable")
+            if isinstance(content, bool) or not isinstance(content, (str, int, float)):
+                raise ValueError(f"{name} must be text (or a number), got {type(content).__name__}")
+            if "\0" in str(content):
+                raise ValueError(f"{name} holds a NUL character")
+            env[name] = str(content)
+        return dict(sorted(env.items()))
+
+    @property
+    def key(self) -> str:
+        """Equal for equal specs: what decides whether two jobs may share a worker."""
+        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest()
+
+
+class SupervisorSettings(_Settings):
+    """The supervisor's limits. Sizes in bytes, times in seconds, each with the reason for its default."""
+
+    title: ClassVar[str] = "SupervisorSettings"
+
+    max_workers: int = Field(default=16, ge=1, le=1024)
+    """Live workers of all specs together."""
+    max_queue: int = Field(default=10_000, ge=1)
+    """Jobs that wait for a worker; one more raises QueueFull."""
+    arena_quota_bytes: int = Field(default=8 << 30, ge=1 << 16)
+    """Shared memory that one process's arena may grow to."""
+    arena_wait_s: Seconds = 30.0
+    """How long a transfer waits for shared memory before ArenaFull."""
+    inline_max_bytes: int = Field(default=32 << 10, ge=0, le=1 << 20)
+    """Payloads up to this size travel inside the message; above, through shared memory."""
+    max_message_bytes: int = Field(default=64 * MiB, ge=1 << 16, le=1 << 31)
+    """Of one control message; larger ones raise MessageTooLarge."""
+    heartbeat_interval_s: Seconds = 1.0
+    heartbeat_timeout_s: Seconds = 60.0
+    """A worker silent for this long is hung. Long, for a node may hold the interpreter's lock."""
+    cancel_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """How long a cancelled job's node may go on before its worker is ended."""
+    stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
+    """Stop ladder: from the request to stop until SIGTERM."""
+    term_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """Stop ladder: from SIGTERM until SIGKILL."""
+    restart_budget: int = Field(default=3, ge=0)
+    """How often in a row workers of one spec may die before a job is done."""
+    restart_backoff_s: Seconds = 0.1
+    """Wait before the first restart; doubles each time, up to ``restart_backoff_max_s``."""
+    restart_backoff_max_s: Seconds = 10.0
+    restart_reset_s: Seconds = 60.0
+    """A spec that was given up is tried again after this long."""
+    event_history: int = Field(default=1000, ge=10)
+    """Events kept per job for late readers."""
+    log_tail_lines: int = Field(default=100, ge=1)
+    """Lines of a worker's output kept for error messages."""
+    lease_flush_s: Seconds = 0.05
+    """How long an ended lease may wait for company before it is returned."""
+    idle_trim_s: Seconds = 10.0
+    """Shared memory unused for this long goes back to the system."""
+    channel: Literal["auto", "ipc", "tcp"] = "auto"
+    """ZeroMQ transport: ipc sockets, or loopback TCP with CURVE where there are none."""
+    segments: Literal["auto", "memfd", "portable"] = "auto"
+    """Kind of shared memory: anonymous memfd, or named segments where there is none."""
+    runtime_dir: str | None = None
+    """Folder for sockets; by default in XDG_RUNTIME_DIR, else in the temporary folder."""
+
+    @field_validator("runtime_dir", mode="before")
+    @classmethod
+    def _plain_path(cls, value: object) -> object:
+        return _path_text(value)
+
+
+class JobOptions(_Settings):
+    """The keyword options of ``Supervisor.submit``.
+
+    ``deadline_s`` seconds after submission the job is ended with DeadlineExceeded. ``retries`` is how
+    often it may be run again after its worker was lost. ``allow_cpu`` lets a tensor of a device that
+    the worker does not have arrive in the worker's main memory.
+    """
+
+    title: ClassVar[str] = "submit"
+
+    spec: WorkerSpec = Field(default_factory=WorkerSpec)
+    deadline_s: Seconds | None = None
+    retries: int = Field(default=0, ge=0, le=100)
+    allow_cpu: bool = False
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _default_spec(cls, value: object) -> object:
+        return WorkerSpec() if value is None else value

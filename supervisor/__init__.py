@@ -1,0 +1,1 @@
+"""Jobs, workers and engines: who runs what, in which process, and how each job ends."""

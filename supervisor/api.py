@@ -1,0 +1,329 @@
+"""The embedding API: `Supervisor`, the one object that a program holds.
+
+Owns the checks at the door, the encoding of inputs in the caller's thread, and closing. What happens to a
+job after that is the loop's and the machine's.
+
+    submit: workflow checked ─▶ options checked ─▶ inputs encoded ─▶ handed to the loop ─▶ Job
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from legion_shm.clock import monotonic_s
+from legion_shm.comfy_location import find_comfyui, not_found_message
+from legion_shm.config import JobOptions, SupervisorSettings, WorkerSpec
+from legion_shm.errors import (
+    ConfigError,
+    ForkedError,
+    LegionError,
+    MessageTooLarge,
+    QueueFull,
+    SupervisorClosed,
+)
+from legion_shm.ids import new_job_id
+from legion_shm.supervisor.feed import JobFeed
+from legion_shm.supervisor.job import Job
+from legion_shm.supervisor.loop import Loop
+from legion_shm.supervisor.state import WorkerInfo
+from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUpRequested
+from legion_shm.supervisor.submission import Submission
+from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds
+from legion_shm.transport.messages import Free
+from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
+from legion_shm.transport.segment import SegmentKind, supported_kinds
+from legion_shm.workflow import check_inputs, load_workflow, name_inputs, pack_workflow, read_channels
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Supervisor"]
+
+_SNAPSHOT_WAIT_S = 5.0
+_CLOSE_SLACK_S = 10.0
+_FRAME_SLACK_BYTES = 4096
+
+_open: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+
+
+class Supervisor:
+    """Runs workflows in worker processes. Thread-safe: one serves a whole program.
+
+    ``settings``, or keywords of `SupervisorSettings`, set its limits. Use it as a context manager, or call
+    `close`; workers end with it, and with the program however that ends.
+
+        with Supervisor() as legion:
+            result = legion.submit("workflow.json", inputs=[image]).result(timeout=60)
+    """
+
+    def __init__(self, settings: SupervisorSettings | None = None, **overrides: Any) -> None:
+        if settings is None:
+            settings = SupervisorSettings(**overrides)
+        elif overrides:
+            settings = SupervisorSettings(**{**settings.model_dump(), **overrides})
+        self.settings = settings
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pending = 0
+        self._pools: dict[str, WorkerSpec] = {}
+        base = Path(settings.runtime_dir) if settings.runtime_dir is not None else None
+        segments, channel = _choose_segments(settings), _choose_channel(settings)
+        sweep_stale(base)
+        self._directory = RuntimeDir.create(base)
+        try:
+            self._channel = ServerChannel(
+                channel, directory=self._directory.path, max_bytes=settings.max_message_bytes
+            )
+        except BaseException:
+            self._directory.close()
+            raise
+        self._loop = Loop(settings, self._channel, self._directory, segments=segments)
+        self._memory = self._loop.memory
+        self._loop.start()
+        _open.add(self)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Supervisor:
+        """A supervisor with the settings in a YAML file. Raises ConfigError naming the key or the line."""
+        return cls(SupervisorSettings.from_yaml(path))
+
+    # --- jobs ---------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        workflow: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        inputs: Mapping[str, object] | Sequence[object] | None = None,
+        **options: Any,
+    ) -> Job:
+        """Hand in a job; the inputs may be changed as soon as this returns.
+
+        ``workflow``: API format, as a dict, a path or JSON text. ``inputs``: a sequence fills the channels
+        ``input_1``, ``input_2``, ...; a mapping names them. Options are those of `JobOptions`: ``spec``,
+        ``deadline_s``, ``retries``, ``allow_cpu``.
+
+        Raises InvalidWorkflow, UnsupportedValue (with the path inside the inputs), ConfigError, QueueFull,
+        MessageTooLarge, ArenaFull (after a bounded wait for shared memory), SupervisorClosed.
+        """
+        self._check_open()
+        submitted_s = monotonic_s()
+        checked = JobOptions(**options)
+        prompt = load_workflow(workflow)
+        values = name_inputs(inputs)
+        unread = check_inputs(read_channels(prompt), values)
+        spec = resolve_spec(checked.spec)
+        pool = self._pool(spec)
+        data, digest = pack_workflow(prompt)
+        self._take_place()
+        try:
+            packed = self._memory.pack(values)
+            size = len(data) + sum(len(value[1]) for value in packed.values) + _FRAME_SLACK_BYTES
+            if size > self.settings.max_message_bytes:
+                self._memory.discard_values(packed.values)
+                raise MessageTooLarge(
+                    f"the job would take a message of about {size} bytes, over max_message_bytes = "
+                    f"{self.settings.max_message_bytes}; raise that setting, or pass large values as tensors"
+                )
+        except BaseException:
+            self._give_place()
+            raise
+        feed = JobFeed(new_job_id(), history=self.settings.event_history, on_end=self._give_place)
+        submission = Submission(
+            job=feed.job_id,
+            feed=feed,
+            options=checked,
+            pool=pool,
+            workflow=data,
+            digest=digest,
+            packed=packed,
+            submitted_s=submitted_s,
+            encoded_s=monotonic_s(),
+            warnings=tuple(f"input {name!r} is read by no node of the workflow" for name in unread),
+        )
+        with self._lock:
+            if self._closed:
+                self._memory.discard_values(packed.values)
+                self._pending -= 1
+                raise SupervisorClosed("the supervisor was closed during submit; nothing was sent")
+            self._loop.submit(submission)
+        return Job(feed, self._cancel)
+
+    async def asubmit(
+        self,
+        workflow: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        inputs: Mapping[str, object] | Sequence[object] | None = None,
+        **options: Any,
+    ) -> Job:
+        """`submit` for coroutines: reads, checks and copies in a thread, so the event loop never waits."""
+        return await asyncio.to_thread(partial(self.submit, workflow, inputs=inputs, **options))
+
+    def _cancel(self, job: str) -> None:
+        self._loop.stimulate(CancelRequested(job))
+
+    def _take_place(self) -> None:
+        with self._lock:
+            if self._pending >= self.settings.max_queue:
+                raise QueueFull(
+                    f"max_queue = {self.settings.max_queue} jobs have not ended; wait, or raise it"
+                )
+            self._pending += 1
+
+    def _give_place(self) -> None:
+        with self._lock:
+            self._pending -= 1
+
+    def _pool(self, spec: WorkerSpec) -> str:
+        key = spec.key
+        if key not in self._pools:
+            self._pools[key] = spec
+            self._loop.define(key, spec)
+        return key
+
+    # --- tensors --------------------------------------------------------------------------------------
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A new, uninitialized CPU tensor in shared memory: submitting it copies nothing.
+
+        Fill it, then submit it; it goes by handle alone for as long as it is not written again. A write
+        after a submit is seen by nobody else, and honoured by a copy at the next one. ``dtype`` defaults to
+        torch's default dtype. Raises ArenaFull.
+        """
+        self._check_open()
+        from legion_shm.transport.resident import resident_tensor
+
+        return resident_tensor(self._memory.resident_buffer, shape, dtype)
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor in shared memory, contiguous, on the CPU: copied once, submitted for free."""
+        shared = self.empty(tuple(tensor.shape), tensor.dtype)
+        shared.copy_(tensor.detach())
+        return shared
+
+    # --- workers --------------------------------------------------------------------------------------
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """A snapshot of the workers that live now."""
+        self._check_open()
+        return self._loop.snapshot(_SNAPSHOT_WAIT_S)
+
+    def warm_up(self, spec: WorkerSpec | None = None, *, workers: int = 1) -> None:
+        """Start workers of a spec now, in the background, so that the first job need not wait for it."""
+        self._check_open()
+        resolved = resolve_spec(spec or WorkerSpec())
+        self._loop.stimulate(WarmUpRequested(self._pool(resolved), workers))
+
+    def free(self, spec: WorkerSpec | None = None) -> None:
+        """Have workers (of a spec, or all) drop their caches and models once they are idle."""
+        self._check_open()
+        self._loop.broadcast(Free(), None if spec is None else self._pool(resolve_spec(spec)))
+
+    def stop_workers(self, spec: WorkerSpec | None = None) -> None:
+        """End workers (of a spec, or all) once their job is done; jobs that come later start new ones."""
+        self._check_open()
+        self._loop.stimulate(StopRequested(None if spec is None else self._pool(resolve_spec(spec))))
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Cancel what runs, end the workers, free everything. Delivered tensors stay valid. Idempotent."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            first = not self._closed
+            self._closed = True
+        if first:
+            self._loop.request_close()
+        if self._loop.on_loop():
+            return
+        settings = self.settings
+        ladder_s = settings.stop_grace_s + settings.term_grace_s + _CLOSE_SLACK_S
+        if not self._loop.join(ladder_s):
+            raise LegionError(
+                f"the supervisor could not be closed within {ladder_s:g} s; a worker would not end"
+            )
+        _open.discard(self)
+
+    def __enter__(self) -> Supervisor:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and os.getpid() == self._pid:
+            warnings.warn(
+                "a Supervisor was dropped without close(); its workers are ended",
+                ResourceWarning,
+                stacklevel=2,
+            )
+            self._loop.request_close()
+
+    def __repr__(self) -> str:
+        return f"<Supervisor {'closed' if self._closed else 'open'}, {len(self._pools)} worker specs>"
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"this Supervisor belongs to process {self._pid}; a forked child must make its own"
+            )
+        if self._closed:
+            raise SupervisorClosed("this Supervisor has been closed; make a new one")
+        if self._loop.fault is not None:
+            raise SupervisorClosed(f"this Supervisor has failed: {self._loop.fault!r}")
+
+
+def resolve_spec(spec: WorkerSpec) -> WorkerSpec:
+    """The spec with its engine decided: ``auto`` is comfy where a ComfyUI is found, else graph.
+
+    Raises ConfigError where ``comfy`` is asked for and none is found.
+    """
+    if spec.engine == "graph":
+        return spec
+    found = find_comfyui(spec.comfyui_path, {**os.environ, **spec.env})
+    if found is None:
+        if spec.engine == "comfy":
+            raise ConfigError(not_found_message(), key="comfyui_path")
+        return spec.model_copy(update={"engine": "graph"})
+    return spec.model_copy(update={"engine": "comfy", "comfyui_path": str(found.path)})
+
+
+def _choose_channel(settings: SupervisorSettings) -> ChannelKind:
+    kinds = channel_kinds()
+    wanted = settings.channel
+    if wanted == "auto":
+        return "ipc" if not kinds["ipc"] else "tcp"
+    if kinds[wanted]:
+        raise ConfigError(f"channel: {wanted} can't be used: {kinds[wanted]}", key="channel")
+    return wanted
+
+
+def _choose_segments(settings: SupervisorSettings) -> SegmentKind:
+    kinds = supported_kinds()
+    wanted = settings.segments
+    if wanted == "auto":
+        return "memfd" if not kinds["memfd"] else "portable"
+    if kinds[wanted]:
+        raise ConfigError(f"segments: {wanted} can't be used: {kinds[wanted]}", key="segments")
+    return wanted
+
+
+def _close_all() -> None:
+    for supervisor in list(_open):
+        with contextlib.suppress(LegionError):
+            supervisor.close()
+
+
+atexit.register(_close_all)

@@ -1,0 +1,176 @@
+"""What the loop tells of one job, and waiting for it: the state, the bounded event history, the outcome.
+
+Owns the one lock and condition of a job. The loop writes (`emit`, `set_running`, `resolve`); any number of
+callers' threads and event loops wait and read, through the `Job` around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from legion_shm.clock import monotonic_s
+from legion_shm.errors import ForkedError, JobError, LegionError
+from legion_shm.events import TERMINAL_STATES, Event, EventsDropped, JobEnded, TerminalState
+from legion_shm.supervisor.result import Delivery, Result
+
+__all__ = ["JobFeed"]
+
+
+@dataclass
+class _History:
+    """The last events of a job; ``first`` is the sequence number of the oldest one that is kept."""
+
+    limit: int
+    kept: deque[Event] = field(default_factory=deque[Event])
+    first: int = 0
+
+    def append(self, event: Event) -> None:
+        self.kept.append(event)
+        if len(self.kept) > self.limit:
+            self.kept.popleft()
+            self.first += 1
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.kept)
+
+
+class JobFeed:
+    """One job's news. ``on_end`` is called once, by the loop, after the job was resolved."""
+
+    def __init__(self, job_id: str, *, history: int, on_end: Callable[[], None]) -> None:
+        self.job_id = job_id
+        self._on_end = on_end
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._history = _History(history)
+        self._state: str = "queued"
+        self._error: LegionError | None = None
+        self._delivery: Delivery | None = None
+        self._result: Result | None = None
+        self._decoding = threading.Lock()
+        self._wakers: list[Callable[[], None]] = []
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    def done(self) -> bool:
+        return self._state in TERMINAL_STATES
+
+    # --- the loop's side ------------------------------------------------------------------------------
+
+    def emit(self, make: Callable[[str, int, float], Event], now: float) -> None:
+        """Append the event that ``make(job id, sequence number, time)`` gives; nothing after the end."""
+        with self._changed:
+            if not self.done():
+                self._history.append(make(self.job_id, self._history.end, now))
+                self._wake()
+
+    def set_running(self, running: bool) -> None:
+        with self._changed:
+            if not self.done():
+                self._state = "running" if running else "queued"
+
+    def resolve(
+        self, state: TerminalState, error: LegionError | None, delivery: Delivery | None, now: float
+    ) -> None:
+        """End the job, once."""
+        with self._changed:
+            if self.done():
+                raise AssertionError(f"job {self.job_id} was resolved twice")
+            if isinstance(error, JobError) and error.job_id is None:
+                error.job_id = self.job_id
+            self._error, self._delivery = error, delivery
+            self._history.append(JobEnded(self.job_id, self._history.end, now, state, error))
+            self._state = state
+            self._wake()
+        self._on_end()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        wakers, self._wakers = self._wakers, []
+        for wake in wakers:
+            wake()
+
+    # --- the callers' side ----------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None) -> LegionError | None:
+        """Wait for the end: the job's error, or None. Raises TimeoutError."""
+        self.check_process()
+        if not self.done():
+            with self._changed:
+                if not self._changed.wait_for(self.done, timeout):
+                    raise TimeoutError(f"job {self.job_id} is {self._state} after {timeout:g} s; it goes on")
+        return self._error
+
+    async def wait_async(self) -> LegionError | None:
+        await self._until(self.done)
+        return self._error
+
+    def result(self) -> Result:
+        """The outputs of a job that is done, decoded by whoever asks first."""
+        with self._decoding:
+            if self._result is None:
+                if self._delivery is None:
+                    raise AssertionError(f"job {self.job_id} is {self._state} and has no result")
+                self._result = self._delivery.decode()
+                self._delivery = None
+            return self._result
+
+    def events_from(self, position: int) -> tuple[list[Event], int]:
+        """Wait for news after a position: the events since, and the position after them."""
+        self.check_process()
+        with self._changed:
+            self._changed.wait_for(lambda: self._history.end > position)
+            return self._since(position)
+
+    async def events_from_async(self, position: int) -> tuple[list[Event], int]:
+        await self._until(lambda: self._history.end > position)
+        with self._changed:
+            return self._since(position)
+
+    def check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(f"job {self.job_id} belongs to process {self._pid}, not to its forked child")
+
+    def _since(self, position: int) -> tuple[list[Event], int]:
+        history = self._history
+        events: list[Event] = []
+        if position < history.first:
+            missed = history.first - position
+            events.append(EventsDropped(self.job_id, position, monotonic_s(), missed))
+            position = history.first
+        events.extend(list(history.kept)[position - history.first :])
+        return events, history.end
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait in an event loop: whoever changes something wakes us there."""
+        self.check_process()
+        loop = asyncio.get_running_loop()
+        while True:
+            changed: asyncio.Future[None] = loop.create_future()
+            with self._changed:
+                if condition():
+                    return
+                self._wakers.append(_waker(loop, changed))
+            await changed
+
+
+def _waker(loop: asyncio.AbstractEventLoop, changed: asyncio.Future[None]) -> Callable[[], None]:
+    def finish() -> None:
+        if not changed.done():
+            changed.set_result(None)
+
+    def wake() -> None:
+        try:
+            loop.call_soon_threadsafe(finish)
+        except RuntimeError:
+            return  # that event loop has ended, and its waiters with it
+
+    return wake

@@ -1,0 +1,349 @@
+"""The graph engine: runs API-format workflows of ComfyUI node classes in this process, without ComfyUI.
+
+Owns one job at a time: its order, its events, its cancellation and how it ends. What a class declares is
+read by `graph_protocol`, what may run is decided by `graph_validation`, how a function is called by
+`graph_call`, what is kept by `graph_cache`.
+
+    prompt ──▶ validate (kept by digest) ──▶ sign ──▶ which nodes must run ──▶ run, in order ──▶ JobOutcome
+                                               ▲                                  │
+                                               └────────── GraphCache ◀───────────┘
+
+Left out, and refused with a clear text: subgraph expansion, DYNPROMPT, raw links and comfy_api (V3) nodes.
+Left out, and harmless: lazy inputs; every linked input is evaluated. Torch is loaded by `start`, not by
+importing this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import logging
+import os
+import platform
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import cast
+
+from legion_shm import job_context
+from legion_shm.errors import InvalidWorkflow, JobCancelled, LegionError
+from legion_shm.supervisor.engine import EngineEvents, EngineInfo, JobOutcome, JobRequest
+from legion_shm.supervisor.graph_cache import GraphCache, Signature, sign_plan
+from legion_shm.supervisor.graph_call import AsyncRunner, BadResult, NodeResult, call_broadcast, read_results
+from legion_shm.supervisor.graph_modules import load_node_classes
+from legion_shm.supervisor.graph_protocol import NodeClass, PlannedNode
+from legion_shm.supervisor.graph_report import node_failure
+from legion_shm.supervisor.graph_validation import Plan, hidden_value, validate_prompt
+
+__all__ = ["BUILTIN_MODULES", "GraphEngine"]
+
+_log = logging.getLogger(__name__)
+
+BUILTIN_MODULES = ("legion_shm.supervisor.graph_nodes", "legion_shm.nodes")
+"""Loaded by name, because the Legion nodes live in a layer above this one."""
+
+_EARLY_KEPT = 1024
+"""Interruptions of jobs that have not begun here; far more than can wait for one worker."""
+
+
+class GraphEngine:
+    """Implements `Engine`. Not to be shared: one per process, as nodes see one current job per process.
+
+    ``node_modules`` are importable names, paths of .py files or paths of package directories, each with
+    NODE_CLASS_MAPPINGS. ``input_directory`` is where LoadImage reads, ``output_directory`` where SaveImage
+    writes; by default the environment's LEGION_INPUT_DIR and LEGION_OUTPUT_DIR, else ``input`` and
+    ``output`` in the current directory.
+    """
+
+    def __init__(
+        self,
+        node_modules: Sequence[str | os.PathLike[str]] = (),
+        *,
+        input_directory: str | os.PathLike[str] | None = None,
+        output_directory: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._node_modules = tuple(node_modules)
+        self._input_directory = input_directory
+        self._output_directory = output_directory
+        self._classes: dict[str, NodeClass] = {}
+        self._cache = GraphCache()
+        self._runner = AsyncRunner()
+        self._lock = threading.Lock()
+        self._current: _GraphJob | None = None
+        self._early: OrderedDict[str, None] = OrderedDict()
+        self._free_asked = False
+        self._fresh = itertools.count()
+
+    @property
+    def name(self) -> str:
+        return "graph"
+
+    @property
+    def node_classes(self) -> Mapping[str, NodeClass]:
+        """The node classes by name; empty before `start`."""
+        return dict(self._classes)
+
+    def start(self) -> EngineInfo:
+        """Load torch and the node modules. ConfigError for a module without node classes."""
+        import torch
+
+        from legion_shm.supervisor.graph_nodes import directories
+
+        directories.configure(input_directory=self._input_directory, output_directory=self._output_directory)
+        self._classes = load_node_classes(self._node_modules, BUILTIN_MODULES)
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+        return EngineInfo(name=self.name, versions=versions, node_classes=len(self._classes))
+
+    def execute(self, request: JobRequest, events: EngineEvents) -> JobOutcome:
+        if not self._classes:
+            raise LegionError("the graph engine has not been started; call start() first")
+        job = _GraphJob(request, events)
+        with job_context.running(job):
+            self._begin(job)
+            try:
+                with _inference_mode():
+                    return _Run(self._cache, self._call(job), job, events, self._next_fresh).outcome(
+                        self._plan(request, job)
+                    )
+            finally:
+                self._end()
+
+    def interrupt(self, job_id: str) -> None:
+        with self._lock:
+            if self._current is not None and self._current.job_id == job_id:
+                self._current.cancel()
+                return
+            self._early[job_id] = None
+            while len(self._early) > _EARLY_KEPT:
+                self._early.popitem(last=False)
+
+    def free(self) -> None:
+        """Drop all caches: now, or at the end of the job that runs."""
+        with self._lock:
+            if self._current is not None:
+                self._free_asked = True
+                return
+        self._cache.clear()
+
+    def close(self) -> None:
+        self.free()
+        self._runner.close()
+
+    def _begin(self, job: _GraphJob) -> None:
+        with self._lock:
+            if job.job_id in self._early:
+                del self._early[job.job_id]
+                job.cancel()
+            self._current = job
+        try:
+            job.check_cancelled()
+        except JobCancelled:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        with self._lock:
+            self._current = None
+            free, self._free_asked = self._free_asked, False
+        if free:
+            self._cache.clear()
+
+    def _plan(self, request: JobRequest, job: _GraphJob) -> Plan:
+        call = self._call(job)
+        return self._cache.plan(
+            request.prompt_digest, lambda: validate_prompt(request.prompt, self._classes, call)
+        )
+
+    def _call(self, job: _GraphJob) -> _Call:
+        def call(
+            function: Callable[..., object], inputs: Mapping[str, Sequence[object]], input_is_list: bool
+        ) -> list[object]:
+            return call_broadcast(
+                function, inputs, input_is_list=input_is_list, runner=self._runner, check=job.check_cancelled
+            )
+
+        return call
+
+    def _next_fresh(self) -> bytes:
+        return b"fresh:%d" % next(self._fresh)
+
+
+_Call = Callable[[Callable[..., object], Mapping[str, Sequence[object]], bool], list[object]]
+
+
+def _inference_mode() -> AbstractContextManager[object]:
+    import torch
+
+    return cast("AbstractContextManager[object]", torch.inference_mode())
+
+
+class _GraphJob(job_context.JobContext):
+    """The current job: passes progress and previews on, naming the node that runs."""
+
+    def __init__(self, request: JobRequest, events: EngineEvents) -> None:
+        super().__init__(request.job_id, request.inputs, identities=request.identities)
+        self._events = events
+        self.node_id: str | None = None
+
+    def report_progress(self, value: float, total: float, node_id: str | None) -> None:
+        self._events.progress(node_id if node_id is not None else self.node_id, value, total)
+
+    def report_preview(self, image: object, node_id: str | None) -> None:
+        self._events.preview(node_id if node_id is not None else self.node_id, image)
+
+
+class _Run:
+    """One job's walk over its plan."""
+
+    def __init__(
+        self,
+        cache: GraphCache,
+        call: _Call,
+        job: _GraphJob,
+        events: EngineEvents,
+        fresh: Callable[[], bytes],
+    ) -> None:
+        self._cache = cache
+        self._call = call
+        self._job = job
+        self._events = events
+        self._fresh = fresh
+        self._results: dict[str, NodeResult] = {}
+        self._readers: dict[str, int] = {}
+        self._ui: dict[str, Mapping[str, object]] = {}
+
+    def outcome(self, plan: Plan) -> JobOutcome:
+        signatures = sign_plan(plan, self._fingerprint, self._fresh)
+        self._cache.begin(plan, signatures)
+        to_run = self._choose(plan, signatures)
+        executed = 0
+        for node_id, node in plan.nodes.items():
+            if node_id not in to_run:
+                self._events.node(node_id, node.class_type, "cached")
+        for node_id in to_run:
+            node = plan.nodes[node_id]
+            self._job.check_cancelled()
+            twin = self._cache.find(signatures[node_id])
+            if twin is not None:
+                self._events.node(node_id, node.class_type, "cached")
+            else:
+                twin = self._run_node(node, plan)
+                self._cache.store(node, signatures[node_id], twin)
+                executed += 1
+            self._take(node_id, twin)
+            self._release(node)
+        self._job.check_cancelled()
+        return JobOutcome(
+            outputs=self._job.outputs, ui=self._ui, executed=executed, cached=len(plan.nodes) - executed
+        )
+
+    def _choose(self, plan: Plan, signatures: Mapping[str, Signature]) -> list[str]:
+        """The nodes that must run: the outputs that are not kept, and whatever those need."""
+        chosen: set[str] = set()
+        seen: set[str] = set()
+        stack = [node_id for node_id, node in plan.nodes.items() if node.is_output]
+        while stack:
+            node_id = stack.pop()
+            if node_id in seen:
+                continue
+            seen.add(node_id)
+            kept = self._cache.find(signatures[node_id])
+            if kept is not None:
+                self._take(node_id, kept)
+                continue
+            chosen.add(node_id)
+            for source in plan.nodes[node_id].links.values():
+                self._readers[source.node_id] = self._readers.get(source.node_id, 0) + 1
+                stack.append(source.node_id)
+        return [node_id for node_id in plan.nodes if node_id in chosen]
+
+    def _take(self, node_id: str, result: NodeResult) -> None:
+        self._results[node_id] = result
+        if result.ui:
+            self._ui[node_id] = dict(result.ui)
+
+    def _release(self, node: PlannedNode) -> None:
+        """Let go of results that no later node reads, so that their memory can be used again."""
+        for link in node.links.values():
+            self._readers[link.node_id] -= 1
+            if not self._readers[link.node_id]:
+                self._results.pop(link.node_id, None)
+        if not self._readers.get(node.node_id):
+            self._results.pop(node.node_id, None)
+
+    def _run_node(self, node: PlannedNode, plan: Plan) -> NodeResult:
+        self._job.node_id = node.node_id
+        self._events.node(node.node_id, node.class_type, "started")
+        inputs: dict[str, Sequence[object]] = {}
+        failure: LegionError
+        try:
+            inputs = self._inputs_of(node, plan)
+            node_object = self._cache.node_object(node)
+            function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
+            result = read_results(self._call(function, inputs, node.input_is_list), node.node_class)
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            failure = self._failure(error, node, inputs)
+        else:
+            self._events.node(node.node_id, node.class_type, "finished")
+            return result
+        finally:
+            self._job.node_id = None
+        # Raised out here and after letting go, so that the error carries no frame that holds tensors.
+        inputs = {}
+        self._results.clear()
+        raise failure
+
+    def _failure(
+        self, error: BaseException, node: PlannedNode, inputs: Mapping[str, Sequence[object]]
+    ) -> LegionError:
+        if self._job.cancelled:
+            return JobCancelled(
+                f"job {self._job.job_id} was cancelled in node {node.node_id} ({node.class_type})",
+                job_id=self._job.job_id,
+            )
+        if isinstance(error, InvalidWorkflow):
+            text = f"node {node.node_id} ({node.class_type}): {error}"
+            return InvalidWorkflow(
+                text, node_id=error.node_id or node.node_id, input_name=error.input_name, problems=(text,)
+            )
+        failure = node_failure(
+            error,
+            job_id=self._job.job_id,
+            node_id=node.node_id,
+            class_type=node.class_type,
+            inputs=inputs,
+        )
+        _log.debug("%s\n%s", failure, failure.traceback)
+        return failure
+
+    def _inputs_of(self, node: PlannedNode, plan: Plan) -> dict[str, Sequence[object]]:
+        inputs = _constants(node)
+        for name, link in node.links.items():
+            outputs = self._results[link.node_id].outputs
+            if outputs is None:
+                source = plan.nodes[link.node_id]
+                raise BadResult(
+                    f"input {name!r} is linked to node {source.node_id} ({source.class_type}), which gave no "
+                    "outputs: its function returned a dict without 'result'"
+                )
+            inputs[name] = outputs[link.slot]
+        for name, kind in node.hidden.items():
+            inputs[name] = (hidden_value(kind, node.node_id, plan.prompt),)
+        return inputs
+
+    def _fingerprint(self, node: PlannedNode, function: str) -> object:
+        inputs = _constants(node)
+        inputs.update(dict.fromkeys(node.links, (None,)))
+        inputs.update({name: (hidden_value(kind, node.node_id, {}),) for name, kind in node.hidden.items()})
+        target = cast("Callable[..., object]", getattr(node.node_class, function))
+        return self._call(target, inputs, node.input_is_list)
+
+
+def _constants(node: PlannedNode) -> dict[str, Sequence[object]]:
+    """The node's constants, copied where a node could change the prompt through them."""
+    return {
+        name: (value if isinstance(value, (str, int, float, bool, type(None))) else copy.deepcopy(value),)
+        for name, value in node.constants.items()
+    }

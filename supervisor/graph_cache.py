@@ -1,0 +1,218 @@
+"""What the graph engine keeps from one job to the next: node outputs, node objects, validated plans.
+
+Owns the signatures by which outputs are found again and the rule of what stays. It runs no node.
+
+A node's signature covers its class, its constants, the signatures of what it is linked to and what its
+IS_CHANGED gave. Two kinds of nodes are *volatile*: those whose IS_CHANGED gave NaN (or anything that is
+not equal to itself or has no stable bytes), and those downstream of one. A volatile node's outputs live for
+one job. Of the others, as in ComfyUI's classic cache, those stay that the last prompt used.
+
+A class may have two attributes that only this engine knows:
+- ``KEEP_OUTPUTS = False``: its outputs are never kept, because making them again costs nothing.
+- ``OUTPUT_SIGNATURES(**constants)``: a classmethod that gives one entry per output slot: bytes that are
+  equal for equal values, NaN for a value that cannot be given again, or None for "as the node itself".
+  What is linked to a slot with bytes does not depend on the node's other slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from legion_shm.supervisor.graph_call import NodeResult
+from legion_shm.supervisor.graph_protocol import PlannedNode
+from legion_shm.supervisor.graph_validation import Plan
+
+__all__ = ["GraphCache", "Signature", "encode_constant", "sign_plan"]
+
+_log = logging.getLogger(__name__)
+
+_PLANS_KEPT = 64
+"""A plan is a few kilobytes and takes about as long to make as running small nodes does."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a node's outputs are found by; ``volatile``: they live for one job. ``slots``: their own."""
+
+    node: bytes
+    volatile: bool
+    slots: Mapping[int, tuple[bytes, bool]]
+
+    def of_slot(self, slot: int) -> tuple[bytes, bool]:
+        return self.slots.get(slot, (self.node + struct.pack(">q", slot), self.volatile))
+
+
+def encode_constant(value: object) -> bytes | None:
+    """Bytes that are equal for equal constants of equal types, or None where there are none.
+
+    NaN has none: it is not equal to itself. Nor has an object of a type that JSON does not know.
+    """
+    if value is None or isinstance(value, bool):
+        text = repr(value).encode()
+    elif isinstance(value, int):
+        text = f"int:{value:x}".encode()
+    elif isinstance(value, str):
+        text = b"str:" + str.__str__(value).encode("utf-8", "surrogatepass")
+    elif isinstance(value, float):
+        if value != value:
+            return None
+        text = f"float:{float.hex(value)}".encode()
+    elif isinstance(value, bytes):
+        text = b"bytes:" + value
+    elif isinstance(value, Mapping):
+        pairs = cast("Mapping[object, object]", value).items()
+        parts = [
+            encode_constant(item) for pair in sorted(pairs, key=lambda pair: repr(pair[0])) for item in pair
+        ]
+        return _join(b"map", parts)
+    elif isinstance(value, (list, tuple)):
+        return _join(b"list", [encode_constant(item) for item in cast("Sequence[object]", value)])
+    else:
+        return None
+    return struct.pack(">Q", len(text)) + text
+
+
+def _join(kind: bytes, parts: Iterable[bytes | None]) -> bytes | None:
+    body: list[bytes] = []
+    for part in parts:
+        if part is None:
+            return None
+        body.append(part)
+    return kind + struct.pack(">Q", len(body)) + b"".join(body)
+
+
+def sign_plan(
+    plan: Plan, fingerprint: Callable[[PlannedNode, str], object], fresh: Callable[[], bytes]
+) -> dict[str, Signature]:
+    """The signature of every node of ``plan``.
+
+    ``fingerprint(node, function_name)`` calls a class's IS_CHANGED or OUTPUT_SIGNATURES over the node's
+    constants and gives the list of what it returned; ``fresh()`` gives bytes never given before.
+    """
+    signatures: dict[str, Signature] = {}
+    for node_id, node in plan.nodes.items():
+        signatures[node_id] = _sign_node(node, signatures, fingerprint, fresh)
+    return signatures
+
+
+def _sign_node(
+    node: PlannedNode,
+    signatures: Mapping[str, Signature],
+    fingerprint: Callable[[PlannedNode, str], object],
+    fresh: Callable[[], bytes],
+) -> Signature:
+    changed: object = False
+    if hasattr(node.node_class, "IS_CHANGED"):
+        changed = _ask(node, "IS_CHANGED", fingerprint)
+    own = encode_constant(changed)
+    volatile = own is None
+    digest = hashlib.blake2b(digest_size=24)
+    digest.update(fresh() if own is None else own)
+    digest.update(encode_constant(node.class_type) or b"")
+    if (
+        node.is_output
+        or "UNIQUE_ID" in node.hidden.values()
+        or getattr(node.node_class, "NOT_IDEMPOTENT", False)
+    ):
+        digest.update(encode_constant(node.node_id) or b"")
+    for name in sorted({*node.constants, *node.links}):
+        digest.update(encode_constant(name) or b"")
+        link = node.links.get(name)
+        if link is not None:
+            part, source_volatile = signatures[link.node_id].of_slot(link.slot)
+            digest.update(b"link" + part)
+            volatile = volatile or source_volatile
+            continue
+        try:
+            constant = encode_constant(node.constants[name])
+        except RecursionError:
+            constant = None
+        volatile = volatile or constant is None
+        digest.update(fresh() if constant is None else constant)
+    return Signature(digest.digest(), volatile, _slot_signatures(node, fingerprint, fresh))
+
+
+def _slot_signatures(
+    node: PlannedNode, fingerprint: Callable[[PlannedNode, str], object], fresh: Callable[[], bytes]
+) -> dict[int, tuple[bytes, bool]]:
+    if not hasattr(node.node_class, "OUTPUT_SIGNATURES"):
+        return {}
+    answers = _ask(node, "OUTPUT_SIGNATURES", fingerprint)
+    if not isinstance(answers, list) or len(cast("list[object]", answers)) != 1:
+        return {}
+    slots: dict[int, tuple[bytes, bool]] = {}
+    for slot, entry in enumerate(cast("Sequence[object]", answers[0])):
+        if isinstance(entry, bytes):
+            slots[slot] = (b"slot:" + entry, False)
+        elif entry is not None:
+            slots[slot] = (fresh(), True)
+    return slots
+
+
+def _ask(node: PlannedNode, function: str, fingerprint: Callable[[PlannedNode, str], object]) -> object:
+    try:
+        return fingerprint(node, function)
+    except Exception:
+        _log.warning(
+            "%s of node %s (%s) raised; the node counts as changed", function, node.node_id, node.class_type,
+            exc_info=True,
+        )  # fmt: skip
+        return float("nan")
+
+
+class GraphCache:
+    """Outputs by signature, node objects by node id and class, plans by prompt digest."""
+
+    def __init__(self) -> None:
+        self._results: dict[bytes, NodeResult] = {}
+        self._objects: dict[tuple[str, str], Any] = {}
+        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+
+    def plan(self, digest: bytes, make: Callable[[], Plan]) -> Plan:
+        """The plan of the prompt with this digest, made by ``make`` if it is not at hand."""
+        plan = self._plans.get(digest)
+        if plan is None:
+            plan = make()
+            self._plans[digest] = plan
+            if len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(digest)
+        return plan
+
+    def begin(self, plan: Plan, signatures: Mapping[str, Signature]) -> None:
+        """Drop what this prompt does not use, before it needs the memory."""
+        used = {signature.node for signature in signatures.values()}
+        self._results = {key: result for key, result in self._results.items() if key in used}
+        ids = {(node.node_id, node.class_type) for node in plan.nodes.values()}
+        self._objects = {key: item for key, item in self._objects.items() if key in ids}
+
+    def node_object(self, node: PlannedNode) -> Any:
+        """The node's object: made once and kept while its node is in the prompts, for nodes with state."""
+        key = (node.node_id, node.class_type)
+        if key not in self._objects:
+            self._objects[key] = node.node_class()
+        return self._objects[key]
+
+    def find(self, signature: Signature) -> NodeResult | None:
+        return None if signature.volatile else self._results.get(signature.node)
+
+    def store(self, node: PlannedNode, signature: Signature, result: NodeResult) -> None:
+        """Keep a result for later jobs, unless the node is volatile or its class says not to."""
+        if not signature.volatile and getattr(node.node_class, "KEEP_OUTPUTS", True):
+            self._results[signature.node] = result
+
+    def __len__(self) -> int:
+        """How many nodes' outputs are kept."""
+        return len(self._results)
+
+    def clear(self) -> None:
+        self._results.clear()
+        self._objects.clear()
+        self._plans.clear()

@@ -1,0 +1,433 @@
+"""The worker host: what runs in a worker process around an engine.
+
+Owns the process's entry, its two sockets, its memory and its two threads. It decides nothing about
+jobs: it runs what it is told, one at a time, and reports.
+
+    main thread      job socket      RunJob ─▶ decode ─▶ engine ─▶ encode ─▶ JobDone       (no thread hop)
+    control thread   control socket  heartbeat, Cancel ─▶ engine.interrupt, ended leases, log records
+
+torch is loaded by what an engine or a value needs, long after the environment is settled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from typing import Any, cast
+
+from legion_shm.clock import monotonic_s
+from legion_shm.errors import (
+    ArenaFull,
+    InvalidHandle,
+    InvalidWorkflow,
+    JobCancelled,
+    JobFailed,
+    LegionError,
+    MessageTooLarge,
+    ProtocolError,
+    UnsupportedValue,
+)
+from legion_shm.supervisor import death_pipe
+from legion_shm.supervisor.engine import Engine, JobRequest, NodeStatus
+from legion_shm.supervisor.spawn import HostConfig
+from legion_shm.supervisor.worker_memory import WorkerMemory
+from legion_shm.transport.channel import ClientChannel
+from legion_shm.transport.messages import (
+    Cancel,
+    Free,
+    Heartbeat,
+    Hello,
+    JobCancelledReply,
+    JobDone,
+    JobFailedReply,
+    LogRecord,
+    Message,
+    NodeStatusNote,
+    PreviewNote,
+    ProgressNote,
+    Ready,
+    Released,
+    RunJob,
+    SegmentRetired,
+    StartFailed,
+    Stop,
+    decode_message,
+    encode_message,
+)
+from legion_shm.workflow import Workflow
+
+__all__ = ["main"]
+
+_PROGRESS_INTERVAL_S = 0.02  # fifty bars a second is more than anyone sees
+_PROMPTS_KEPT = 64
+_IDLE_WAIT_S = 0.25  # the control thread's own pace while nothing is viewed and nothing runs
+_LOG_TEXT_MAX = 8192
+_PREVIEW_SIDE = 512
+
+
+def main(config: HostConfig) -> None:
+    """The worker process, first line to last. Its exit code is 0, or 1 if the engine could not start."""
+    death_pipe.arm(config.death_fd)
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
+    for path in reversed(config.python_path):
+        sys.path.insert(0, path)
+    sys.path.extend(path for path in config.parent_path if path not in sys.path)
+    for stream in (sys.stdout, sys.stderr):
+        cast("io.TextIOWrapper", stream).reconfigure(line_buffering=True, errors="backslashreplace")
+    host = _Host(config)
+    try:
+        started = host.start()
+        if started:
+            host.serve()
+    finally:
+        host.close()
+    if not started:
+        raise SystemExit(1)
+
+
+def _make_engine(config: HostConfig) -> Engine:
+    if config.engine == "comfy":
+        from legion_shm.supervisor.comfy import ComfyEngine
+
+        return ComfyEngine(comfyui_path=config.comfyui_path, extra_args=config.extra_args)
+    from legion_shm.supervisor.graph import GraphEngine
+
+    return GraphEngine(node_modules=config.node_modules)
+
+
+class _Host:
+    def __init__(self, config: HostConfig) -> None:
+        self._config = config
+        self._jobs = ClientChannel(config.endpoint, config.job_identity, max_bytes=config.max_message_bytes)
+        self._memory = WorkerMemory(config, self._send, self._receive_message)
+        self._control = _Control(config, self._memory)
+        self._engine: Engine | None = None
+        self._prompts: dict[bytes, Workflow] = {}
+        self._stopping = False
+        self._free_wanted = False
+        self._waiting: deque[RunJob] = deque()
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def _send(self, message: Message) -> None:
+        self._jobs.send(encode_message(message, max_bytes=self._config.max_message_bytes))
+
+    def _receive_message(self, timeout_s: float | None) -> Message | None:
+        """The next message; those about memory are taken care of and come back all the same."""
+        frame = self._jobs.receive(timeout_s)
+        if frame is None:
+            return None
+        message = decode_message(frame, max_bytes=self._config.max_message_bytes)
+        if isinstance(message, Stop):
+            self._stopping = True
+        elif isinstance(message, Free):
+            self._free_wanted = True
+        elif isinstance(message, RunJob):
+            self._memory.freed(message.freed)
+            self._waiting.append(message)
+        else:
+            self._memory.take(message)
+        return message
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def start(self) -> bool:
+        config = self._config
+        self._send(Hello(config.worker, config.token, "job", os.getpid()))
+        self._control.start()
+        logging.getLogger().addHandler(_LogHandler(self._control))
+        try:
+            engine = _make_engine(config)
+            self._engine = engine
+            info = engine.start()
+        except BaseException as error:
+            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            self._send(StartFailed(f"{type(error).__name__}: {error}", text[-32768:]))
+            return False
+        self._control.engine = engine
+        self._send(Ready(info.name, tuple(sorted(info.versions.items())), info.node_classes))
+        return True
+
+    def serve(self) -> None:
+        while not self._stopping:
+            if self._waiting:
+                self._run(self._waiting.popleft())
+                continue
+            if self._free_wanted:
+                self._free_wanted = False
+                self._require_engine().free()
+            if self._receive_message(self._memory.trim_in_s()) is None:
+                retired = self._memory.trim()
+                if retired:
+                    self._send(SegmentRetired(retired))
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            if self._engine is not None:
+                self._engine.close()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        self._control.stop()
+        self._jobs.close()
+        ClientChannel.terminate()
+
+    def _require_engine(self) -> Engine:
+        assert self._engine is not None, "start() came first"
+        return self._engine
+
+    # --- one job ----------------------------------------------------------------------------------
+
+    def _run(self, message: RunJob) -> None:
+        self._control.busy_job = message.job
+        try:
+            reply = self._execute(message)
+        finally:
+            self._control.busy_job = ""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        self._control.flush_logs(self._send)
+        try:
+            self._send(reply)
+        except MessageTooLarge as error:
+            self._memory.discard_result(message.job)
+            self._send(_failure(message, error))
+
+    def _execute(self, message: RunJob) -> Message:
+        received_us = _now_us()
+        try:
+            inputs, identities = self._memory.decode_inputs(message.values, allow_cpu=message.allow_cpu)
+            request = JobRequest(
+                job_id=message.job,
+                prompt=self._prompt(message),
+                prompt_digest=message.digest,
+                inputs=inputs,
+                identities=identities,
+            )
+            del inputs
+            decoded_us = _now_us()
+            outcome = self._require_engine().execute(request, _Events(self, message.job, message.attempt))
+            del request
+            executed_us = _now_us()
+            values = self._memory.encode_outputs(message.job, outcome.outputs, outcome.ui)
+            counts = (outcome.executed, outcome.cached)
+            del outcome  # what the job held is given back together with its result
+            return JobDone(
+                message.job,
+                message.attempt,
+                values,
+                self._memory.drain_released(),
+                received_us,
+                decoded_us,
+                executed_us,
+                _now_us(),
+                *counts,
+            )
+        except JobCancelled:
+            return JobCancelledReply(message.job, message.attempt)
+        except BaseException as error:
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                error = JobFailed(
+                    f"a node ended the job with {type(error).__name__}; the worker goes on",
+                    exception_type=type(error).__name__,
+                    exception_message=str(error),
+                    traceback=traceback.format_exc(),
+                )
+            return _failure(message, error)
+
+    def _prompt(self, message: RunJob) -> Workflow:
+        prompt = self._prompts.pop(message.digest, None)
+        if prompt is None:
+            import json
+
+            prompt = cast("Workflow", json.loads(message.workflow.decode("utf-8", "surrogatepass")))
+        self._prompts[message.digest] = prompt
+        if len(self._prompts) > _PROMPTS_KEPT:
+            del self._prompts[next(iter(self._prompts))]
+        return prompt
+
+    # --- events -----------------------------------------------------------------------------------
+
+    def event(self, message: Message) -> None:
+        """From the main thread at once and in order; from others by way of the control thread."""
+        if threading.current_thread() is threading.main_thread():
+            self._send(message)
+        else:
+            self._control.post(message)
+
+
+def _failure(message: RunJob, error: BaseException) -> JobFailedReply:
+    kinds = (JobFailed, InvalidWorkflow, UnsupportedValue, ArenaFull, MessageTooLarge, ProtocolError)
+    kind = next((known.__name__ for known in kinds if isinstance(error, known)), "JobFailed")
+    if isinstance(error, JobFailed):
+        return JobFailedReply(
+            message.job,
+            message.attempt,
+            kind,
+            str(error),
+            error.node_id,
+            error.class_type,
+            error.exception_type,
+            error.exception_message,
+            error.traceback,
+            error.inputs_summary,
+            (),
+            "",
+        )
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return JobFailedReply(
+        message.job,
+        message.attempt,
+        kind,
+        str(error) if isinstance(error, LegionError) else f"{type(error).__name__}: {error}",
+        getattr(error, "node_id", None),
+        None,
+        f"{type(error).__module__}.{type(error).__qualname__}",
+        str(error),
+        text,
+        "",
+        tuple(error.problems) if isinstance(error, InvalidWorkflow) else (),
+        error.path if isinstance(error, UnsupportedValue) else str(getattr(error, "input_name", None) or ""),
+    )
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+class _Events:
+    """What the engine reports, as messages. Progress is thinned out; its last step always goes."""
+
+    def __init__(self, host: _Host, job: str, attempt: int) -> None:
+        self._host, self._job, self._attempt = host, job, attempt
+        self._last_s = 0.0
+
+    def node(self, node_id: str, class_type: str, status: NodeStatus) -> None:
+        self._host.event(NodeStatusNote(self._job, self._attempt, node_id, class_type, status))
+
+    def progress(self, node_id: str | None, value: float, total: float) -> None:
+        now = monotonic_s()
+        if value < total and now - self._last_s < _PROGRESS_INTERVAL_S:
+            return
+        self._last_s = now
+        self._host.event(ProgressNote(self._job, self._attempt, node_id, float(value), float(total)))
+
+    def preview(self, node_id: str | None, image: object) -> None:
+        kind, data = _encode_preview(image)
+        self._host.event(PreviewNote(self._job, self._attempt, node_id, kind, data))
+
+
+def _encode_preview(image: object) -> tuple[str, bytes]:
+    from PIL import Image
+
+    picture: Any = image
+    if not isinstance(picture, Image.Image):
+        array = picture[0] if picture.ndim == 4 else picture
+        array = (array.detach().clamp(0, 1) * 255).round().to("cpu").numpy().astype("uint8")
+        picture = Image.fromarray(array)
+    picture = picture.convert("RGB")
+    picture.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "JPEG", buffer.getvalue()
+
+
+class _LogHandler(logging.Handler):
+    def __init__(self, control: _Control) -> None:
+        super().__init__()
+        self._control = control
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)[:_LOG_TEXT_MAX]
+        except Exception:
+            self.handleError(record)
+            return
+        self._control.log(LogRecord(record.levelname, record.name, text))
+
+
+class _Control(threading.Thread):
+    """The control thread. Its socket is its own; others reach it through bounded queues."""
+
+    def __init__(self, config: HostConfig, memory: WorkerMemory) -> None:
+        super().__init__(name="legion-control", daemon=True)
+        self._config, self._memory = config, memory
+        self._posted: deque[Message] = deque(maxlen=10_000)
+        self._logs: deque[LogRecord] = deque(maxlen=1_000)
+        self._stop_wanted = threading.Event()
+        self.engine: Engine | None = None
+        self.busy_job = ""
+
+    def post(self, message: Message) -> None:
+        self._posted.append(message)
+
+    def log(self, record: LogRecord) -> None:
+        self._logs.append(record)
+
+    def flush_logs(self, send: Any) -> None:
+        """Send the log records now, from the calling thread, with its own ``send``."""
+        while self._logs:
+            with contextlib.suppress(IndexError):
+                send(self._logs.popleft())
+
+    def stop(self) -> None:
+        self._stop_wanted.set()
+        if self.is_alive():
+            self.join(timeout=1.0)
+
+    def run(self) -> None:
+        import psutil
+
+        config = self._config
+        channel = ClientChannel(config.endpoint, config.control_identity, max_bytes=config.max_message_bytes)
+
+        def send(message: Message) -> None:
+            channel.send(encode_message(message, max_bytes=config.max_message_bytes))
+
+        process = psutil.Process()
+        try:
+            send(Hello(config.worker, config.token, "control", os.getpid()))
+            next_beat_s, beats = monotonic_s(), 0
+            while not self._stop_wanted.is_set():
+                now = monotonic_s()
+                if now >= next_beat_s:
+                    beats += 1
+                    next_beat_s = now + config.heartbeat_interval_s
+                    rss = process.memory_info().rss
+                    send(Heartbeat(beats, rss, self._memory.arena_bytes(), self.busy_job))
+                busy = self.busy_job or self._posted or self._memory.live_views()
+                frame = channel.receive(
+                    min(next_beat_s - now, config.lease_flush_s if busy else _IDLE_WAIT_S)
+                )
+                if frame is not None:
+                    self._take(decode_message(frame, max_bytes=config.max_message_bytes))
+                released = self._memory.drain_released()
+                if released:
+                    send(Released(released))
+                self._flush(send)
+            self._flush(send)
+        finally:
+            channel.close()
+
+    def _flush(self, send: Any) -> None:
+        while self._posted:
+            send(self._posted.popleft())
+        self.flush_logs(send)
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Cancel):
+            if self.engine is not None:
+                self.engine.interrupt(message.job)
+            return
+        raise InvalidHandle(f"{type(message).__name__} does not belong on the control socket")

@@ -1,0 +1,248 @@
+"""What workers say: each frame checked, decoded and turned into a job's event or a stimulus.
+
+Owns the dispatch of incoming messages and their meaning. A worker that breaks the protocol is dropped
+here; a message about a job that its sender does not run (late, doubled, of an earlier attempt) is counted
+and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+from legion_shm.clock import monotonic_s
+from legion_shm.errors import ProtocolError, StartupError
+from legion_shm.events import Event, LogEvent, NodeEvent, PreviewEvent, ProgressEvent, TerminalState
+from legion_shm.supervisor.lending import Lending
+from legion_shm.supervisor.machine import Machine
+from legion_shm.supervisor.master_memory import MasterMemory
+from legion_shm.supervisor.processes import Processes
+from legion_shm.supervisor.replies import error_from, stats_from
+from legion_shm.supervisor.result import Delivery
+from legion_shm.supervisor.stimuli import HeartbeatSeen, JobReplied, StartFailed, Stimulus, WorkerReady
+from legion_shm.supervisor.submission import Submission
+from legion_shm.supervisor.worker_io import WorkerIO
+from legion_shm.transport.channel import ServerChannel
+from legion_shm.transport.messages import (
+    Heartbeat,
+    Hello,
+    JobCancelledReply,
+    JobDone,
+    JobFailedReply,
+    LogRecord,
+    Message,
+    NodeStatusNote,
+    PreviewNote,
+    ProgressNote,
+    Ready,
+    Released,
+    SegmentRequest,
+    SegmentRetired,
+    decode_message,
+)
+from legion_shm.transport.messages import StartFailed as StartFailedNote
+
+__all__ = ["Inbox"]
+
+_log = logging.getLogger("legion_shm.supervisor")
+
+_Handler = Callable[[WorkerIO, Any, float], None]
+
+
+class Inbox:
+    """Used by the loop's thread alone. ``protocol_errors`` and ``ignored`` count what was not heeded."""
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        channel: ServerChannel,
+        processes: Processes,
+        lending: Lending,
+        memory: MasterMemory,
+        machine: Machine,
+        submissions: Mapping[str, Submission],
+        handle: Callable[[Stimulus, float], None],
+    ) -> None:
+        self._max_bytes, self._channel = max_bytes, channel
+        self._processes, self._lending, self._memory = processes, lending, memory
+        self._machine, self._submissions, self._handle = machine, submissions, handle
+        self.protocol_errors = 0
+        self.ignored = 0
+        self._handlers: dict[type[Message], _Handler] = {
+            Ready: self._ready,
+            StartFailedNote: self._start_failed,
+            Heartbeat: self._heartbeat,
+            NodeStatusNote: self._node,
+            ProgressNote: self._progress,
+            PreviewNote: self._preview,
+            LogRecord: self._log_record,
+            Released: self._released,
+            JobDone: self._done,
+            JobFailedReply: self._ended,
+            JobCancelledReply: self._ended,
+            SegmentRequest: self._segment_request,
+            SegmentRetired: self._segments_retired,
+        }
+
+    def drain(self) -> None:
+        """Handle every message that has arrived."""
+        while (received := self._channel.receive()) is not None:
+            identity, frame = received
+            worker = self._processes.of_identity(identity)
+            if worker is None or worker.violation:
+                continue
+            try:
+                message = decode_message(frame, max_bytes=self._max_bytes)
+                self._take(worker, identity, message, monotonic_s())
+            except ProtocolError as error:
+                self._violated(worker, error)
+
+    def output(self, worker: WorkerIO, now: float) -> None:
+        """Turn what a worker wrote into events of the job that it runs."""
+        for stream, line in self._processes.read_output(worker):
+            self._log(worker, stream, line, None, None, now)
+
+    def _take(self, worker: WorkerIO, identity: bytes, message: Message, now: float) -> None:
+        channel = "job" if identity == worker.job_identity else "control"
+        if isinstance(message, Hello):
+            if message.token != worker.token or message.worker != worker.id or message.channel != channel:
+                raise ProtocolError("a greeting with another worker's name or token")
+            worker.greeted.add(channel)
+            return
+        if channel not in worker.greeted:
+            raise ProtocolError(f"{type(message).__name__} before any greeting")
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ProtocolError(f"a worker does not send {type(message).__name__}")
+        handler(worker, message, now)
+
+    def _violated(self, worker: WorkerIO, error: ProtocolError) -> None:
+        """A worker that breaks the protocol is ended; its exit resolves its job."""
+        self.protocol_errors += 1
+        worker.violation = f"{type(error).__name__}: {error}"
+        worker.tail.append(f"[legion] dropped for a protocol error: {worker.violation}")
+        _log.error("worker %s broke the protocol and is ended: %s", worker.id, worker.violation)
+        worker.signal("SIGKILL")
+
+    # --- about the worker ---------------------------------------------------------------------------
+
+    def _ready(self, worker: WorkerIO, message: Ready, now: float) -> None:
+        worker.engine, worker.versions, worker.ready = message.engine, dict(message.versions), True
+        self._handle(WorkerReady(worker.id), now)
+
+    def _start_failed(self, worker: WorkerIO, message: StartFailedNote, now: float) -> None:
+        self.output(worker, now)
+        error = StartupError(
+            f"worker {worker.id} could not start: {message.error}\n{message.traceback.rstrip()}",
+            worker_id=worker.id,
+            traceback=message.traceback,
+            log_tail=tuple(worker.tail),
+        )
+        self._handle(StartFailed(worker.id, error), now)
+
+    def _heartbeat(self, worker: WorkerIO, message: Heartbeat, now: float) -> None:
+        worker.rss_bytes = message.rss_bytes
+        self._handle(HeartbeatSeen(worker.id), now)
+
+    def _log_record(self, worker: WorkerIO, message: LogRecord, now: float) -> None:
+        worker.tail.extend(f"{message.level} {message.logger}: {line}" for line in message.text.splitlines())
+        self._log(worker, "log", message.text, message.level, message.logger, now)
+
+    def _log(
+        self, worker: WorkerIO, stream: str, text: str, level: str | None, logger: str | None, now: float
+    ) -> None:
+        record = self._machine.workers.get(worker.id)
+        submission = self._submissions.get(record.job) if record is not None and record.job else None
+        if submission is not None:
+            submission.feed.emit(partial(_log_event, stream, text, level, logger), now)
+
+    # --- about memory -------------------------------------------------------------------------------
+
+    def _released(self, worker: WorkerIO, message: Released, now: float) -> None:
+        self._lending.released(worker, message.handles)
+
+    def _segment_request(self, worker: WorkerIO, message: SegmentRequest, now: float) -> None:
+        self._lending.request_segment(worker, message.nbytes)
+
+    def _segments_retired(self, worker: WorkerIO, message: SegmentRetired, now: float) -> None:
+        self._lending.retire(worker, message.segments)
+
+    # --- about a job --------------------------------------------------------------------------------
+
+    def _running(self, worker: WorkerIO, job: str, attempt: int) -> Submission | None:
+        """The submission that this worker runs in this attempt; anything else is late and counted."""
+        record = self._machine.jobs.get(job)
+        if record is None or record.worker != worker.id or record.attempt != attempt:
+            self.ignored += 1
+            return None
+        return self._submissions[job]
+
+    def _emit(
+        self, worker: WorkerIO, message: Any, make: Callable[[str, int, float], Event], now: float
+    ) -> None:
+        submission = self._running(worker, message.job, message.attempt)
+        if submission is not None:
+            submission.feed.emit(make, now)
+
+    def _node(self, worker: WorkerIO, message: NodeStatusNote, now: float) -> None:
+        if message.status not in ("started", "finished", "cached"):
+            raise ProtocolError(f"a node's status is {message.status!r}")
+        status = cast("Any", message.status)
+        self._emit(
+            worker,
+            message,
+            lambda job, seq, at: NodeEvent(job, seq, at, message.node_id, message.class_type, status),
+            now,
+        )
+
+    def _progress(self, worker: WorkerIO, message: ProgressNote, now: float) -> None:
+        self._emit(
+            worker,
+            message,
+            lambda job, seq, at: ProgressEvent(job, seq, at, message.node_id, message.value, message.total),
+            now,
+        )
+
+    def _preview(self, worker: WorkerIO, message: PreviewNote, now: float) -> None:
+        self._emit(
+            worker,
+            message,
+            lambda job, seq, at: PreviewEvent(job, seq, at, message.node_id, message.format, message.data),
+            now,
+        )
+
+    def _done(self, worker: WorkerIO, message: JobDone, now: float) -> None:
+        self.output(worker, now)
+        submission = self._running(worker, message.job, message.attempt)
+        if submission is None:
+            self._lending.refuse_result(worker, message)
+            return
+        self._lending.take_result(worker, message)
+        stats = stats_from(
+            submission,
+            message,
+            engine=worker.engine,
+            worker=worker.id,
+            now=now,
+        )
+        submission.delivery = Delivery(
+            message.values, stats, self._memory, allow_cpu=submission.options.allow_cpu
+        )
+        self._handle(JobReplied(worker.id, message.job, message.attempt, "done", None), now)
+
+    def _ended(self, worker: WorkerIO, message: JobFailedReply | JobCancelledReply, now: float) -> None:
+        self.output(worker, now)
+        if self._running(worker, message.job, message.attempt) is None:
+            return
+        outcome: TerminalState = "failed" if isinstance(message, JobFailedReply) else "cancelled"
+        error = error_from(message, worker.id)
+        self._handle(JobReplied(worker.id, message.job, message.attempt, outcome, error), now)
+
+
+def _log_event(
+    stream: Any, text: str, level: str | None, logger: str | None, job: str, seq: int, time_s: float
+) -> LogEvent:
+    return LogEvent(job, seq, time_s, stream, text, level, logger)

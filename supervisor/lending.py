@@ -1,0 +1,257 @@
+"""Lending: which process has which block and which segment, and giving both back.
+
+Owns the lease table and the order of things around it: a segment is introduced to a worker before the
+first handle into it, a block is freed at its owner when its last lease has ended, a dead worker's arena
+is condemned and closed once nobody looks at it. It never touches payload bytes.
+
+    submit ─▶ accept: job's leases      RunJob ─▶ lend: worker's leases      JobDone ─▶ take_result: ours
+    view gone, worker gone, job ended ─▶ lease ended ─▶ return_leases ─▶ the owner frees the block
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from concurrent.futures import Executor
+
+from legion_shm.config import SupervisorSettings
+from legion_shm.errors import ArenaFull, ProtocolError
+from legion_shm.supervisor.master_memory import MasterMemory
+from legion_shm.supervisor.processes import Post, Processes
+from legion_shm.supervisor.worker_io import WorkerIO
+from legion_shm.transport.fdpass import send_segment_fd
+from legion_shm.transport.handles import BlockHandle
+from legion_shm.transport.leases import LeaseTable
+from legion_shm.transport.messages import (
+    BlocksFreed,
+    JobDone,
+    ResultAccepted,
+    SegmentAnnounced,
+    SegmentGranted,
+    SegmentRefused,
+    SegmentsDropped,
+)
+from legion_shm.transport.values import PackedValues
+
+__all__ = ["Lending"]
+
+_log = logging.getLogger("legion_shm.supervisor")
+
+MASTER = "master"  # the holder of what the supervisor's own process looks at
+_STATS = 6  # figures that come with each value
+_DESCRIPTOR_WAIT_S = 1.0
+
+
+class Lending:
+    """Used by the loop's thread alone; segments are made on a helper's."""
+
+    def __init__(
+        self,
+        settings: SupervisorSettings,
+        memory: MasterMemory,
+        processes: Processes,
+        helpers: Executor,
+        post: Post,
+    ) -> None:
+        self._settings, self._memory, self._processes = settings, memory, processes
+        self._helpers, self._post = helpers, post
+        self.table = LeaseTable()
+        self._owners: dict[int, str] = {}
+        self._flush_at_s: float | None = None
+        self._idle_since_s: float | None = None
+
+    # --- the supervisor's own arena -------------------------------------------------------------------
+
+    def own_segment_added(self, segment: int, nbytes: int) -> None:
+        self.table.add_segment(self._memory.arena_id, segment, nbytes)
+
+    def own_segments_retired(self, segments: tuple[int, ...]) -> None:
+        for segment_id in segments:
+            self.table.remove_segment(self._memory.arena_id, segment_id)
+        self._tell_dropped(self._memory.arena_id, segments)
+
+    def resident(self, handle: BlockHandle) -> None:
+        """A tensor of the caller lives in this block from now on."""
+        self.table.publish(handle, MASTER)
+
+    def own_views_ended(self, handles: Iterable[BlockHandle]) -> None:
+        self.table.release_all(handles, MASTER)
+
+    # --- jobs -----------------------------------------------------------------------------------------
+
+    def accept(self, job: str, packed: PackedValues) -> None:
+        """The job's own leases on its inputs, until it ends: it may have to be sent again."""
+        for handle, new in packed.handles():
+            if new:
+                self.table.publish(handle, _holder(job))
+            else:
+                self.table.lease(handle, _holder(job))
+
+    def end_job(self, job: str) -> None:
+        self.table.drop_holder(_holder(job))
+
+    def lend(self, worker: WorkerIO, packed: PackedValues) -> tuple[BlockHandle, ...]:
+        """Leases for a worker that is about to be sent these values; gives its blocks that are free."""
+        self._owners[worker.arena] = worker.id
+        for handle, _ in packed.handles():
+            self.table.lease(handle, worker.id)
+            self._introduce(worker, handle)
+        return tuple(self.table.drain_freed(worker.arena).get(worker.arena, ()))
+
+    def take_result(self, worker: WorkerIO, message: JobDone) -> None:
+        """Our leases on a result. Raises ProtocolError, StaleHandle, InvalidHandle for what can't be."""
+        referred = False
+        for _, _, blocks, owned, _, numbers in message.values:
+            if len(blocks) != len(owned) or len(numbers) != _STATS or any(number < 0 for number in numbers):
+                raise ProtocolError("JobDone: a value's blocks, marks and figures do not fit together")
+            for handle, new in zip(blocks, owned, strict=True):
+                if new:
+                    if handle.arena != worker.arena:
+                        raise ProtocolError("JobDone: a new block in another process's arena")
+                    self.table.publish(handle, MASTER)
+                    continue
+                self.table.check(handle)
+                if handle.arena != worker.arena and not self.table.holds(handle, worker.id):
+                    raise ProtocolError("JobDone: a block that was never delivered to this worker")
+                self.table.lease(handle, MASTER)
+                referred = True
+        self.table.release_all(message.released, worker.id)
+        if referred:
+            self._processes.send(worker, ResultAccepted(message.job))
+
+    def refuse_result(self, worker: WorkerIO, message: JobDone) -> None:
+        """A result that nobody waits for: the worker may free what it made for it."""
+        unwanted = tuple(
+            handle for value in message.values for handle, new in zip(value[2], value[3], strict=False) if new
+        )
+        self.table.release_all(message.released, worker.id)
+        self._processes.send(worker, ResultAccepted(message.job))
+        self._processes.send(worker, BlocksFreed(unwanted))
+
+    def released(self, worker: WorkerIO, handles: tuple[BlockHandle, ...]) -> None:
+        self.table.release_all(handles, worker.id)
+
+    def worker_gone(self, worker: WorkerIO) -> None:
+        """Its leases end with it; its arena lives on for as long as somebody looks at a block of it."""
+        self._owners.pop(worker.arena, None)
+        self.table.drop_holder(worker.id)
+        self.table.condemn(worker.arena)
+
+    # --- segments -------------------------------------------------------------------------------------
+
+    def _introduce(self, worker: WorkerIO, handle: BlockHandle) -> None:
+        """Let a worker have the segment that a handle points into, once."""
+        key = (handle.arena, handle.segment)
+        if key in worker.segments:
+            return
+        segment = self._memory.segment(*key)
+        if segment is None:
+            raise AssertionError(f"{handle} is leased, so its segment is there")
+        worker.segments.add(key)
+        if isinstance(segment.descriptor, str):
+            self._processes.send(worker, SegmentAnnounced(*key, segment.nbytes, segment.descriptor))
+        else:
+            self._send_descriptor(worker, *key, segment.nbytes, segment.descriptor)
+
+    def _send_descriptor(self, worker: WorkerIO, arena: int, segment: int, nbytes: int, fd: int) -> None:
+        if worker.spawned is None or worker.spawned.descriptors is None:
+            return
+        try:
+            send_segment_fd(
+                worker.spawned.descriptors, arena, segment, nbytes, fd, timeout_s=_DESCRIPTOR_WAIT_S
+            )
+        except (OSError, TimeoutError) as error:
+            _log.debug("worker %s took no descriptor: %s", worker.id, error)  # its end will be seen
+
+    def request_segment(self, worker: WorkerIO, nbytes: int) -> None:
+        """A worker's arena wants to grow: make the segment in the background, within the quota."""
+        quota = self._settings.arena_quota_bytes
+        if nbytes <= 0:
+            raise ProtocolError(f"a segment of {nbytes} bytes was asked for")
+        if self._memory.segment_bytes(worker.arena) + nbytes > quota:
+            self._processes.send(worker, SegmentRefused(f"arena_quota_bytes = {quota} would be exceeded"))
+            return
+
+        def make() -> None:
+            try:
+                segment_id, segment = self._memory.create(worker.arena, nbytes)
+            except BaseException as error:
+                reason = str(error) if isinstance(error, ArenaFull) else repr(error)
+                self._post(lambda now: self._refuse(worker, reason))
+            else:
+                size = segment.nbytes
+                self._post(lambda now: self._grant(worker, segment_id, size))
+
+        self._helpers.submit(make)
+
+    def _refuse(self, worker: WorkerIO, reason: str) -> None:
+        if self._processes.get(worker.id) is worker:
+            self._processes.send(worker, SegmentRefused(reason))
+
+    def _grant(self, worker: WorkerIO, segment_id: int, nbytes: int) -> None:
+        segment = self._memory.segment(worker.arena, segment_id)
+        if self._processes.get(worker.id) is not worker or segment is None:
+            self._memory.drop(worker.arena, (segment_id,))
+            return
+        self._owners[worker.arena] = worker.id
+        self.table.add_segment(worker.arena, segment_id, nbytes)
+        worker.segments.add((worker.arena, segment_id))
+        name = segment.descriptor if isinstance(segment.descriptor, str) else ""
+        if isinstance(segment.descriptor, int):
+            self._send_descriptor(worker, worker.arena, segment_id, nbytes, segment.descriptor)
+        self._processes.send(worker, SegmentGranted(worker.arena, segment_id, nbytes, name))
+
+    def retire(self, worker: WorkerIO, segments: tuple[int, ...]) -> None:
+        """A worker gave wholly free segments up."""
+        for segment_id in segments:
+            if not self.table.remove_segment(worker.arena, segment_id):
+                raise ProtocolError(f"segment {segment_id} was given up while a block in it is in use")
+        self._memory.drop(worker.arena, segments)
+        worker.segments.difference_update((worker.arena, segment_id) for segment_id in segments)
+        self._tell_dropped(worker.arena, segments)
+
+    def _tell_dropped(self, arena: int, segments: tuple[int, ...]) -> None:
+        for worker in self._processes:
+            known = tuple(segment for segment in segments if (arena, segment) in worker.segments)
+            if known:
+                worker.segments.difference_update((arena, segment) for segment in known)
+                self._processes.send(worker, SegmentsDropped(arena, known))
+
+    # --- giving back ----------------------------------------------------------------------------------
+
+    def next_due_s(self, now: float) -> float | None:
+        """When `return_leases` should be called next."""
+        times: list[float] = []
+        if self._flush_at_s is not None:
+            times.append(self._flush_at_s)
+        if self._idle_since_s is not None:
+            times.append(self._idle_since_s + self._settings.idle_trim_s)
+        if self._memory.live_views():
+            times.append(now + self._settings.lease_flush_s)
+        return min(times, default=None)
+
+    def return_leases(self, now: float) -> None:
+        """Hand freed blocks back to their owners: ours at once, workers' after a moment, in company."""
+        memory = self._memory
+        own = self.table.drain_freed(memory.arena_id).get(memory.arena_id, ())
+        for handle in own:
+            memory.free(handle)
+        if own:
+            self._idle_since_s = None if memory.stats().blocks else now
+        if self.table.has_freed and self._flush_at_s is None:
+            self._flush_at_s = now + self._settings.lease_flush_s
+        if self._flush_at_s is not None and now >= self._flush_at_s:
+            self._flush_at_s = None
+            for arena, handles in self.table.drain_freed().items():
+                owner = self._processes.get(self._owners.get(arena, ""))
+                if owner is not None:
+                    self._processes.send(owner, BlocksFreed(tuple(handles)))
+        for arena in self.table.drain_empty():
+            self._tell_dropped(arena, memory.drop(arena))
+        if self._idle_since_s is not None and now >= self._idle_since_s + self._settings.idle_trim_s:
+            self._idle_since_s = None
+            self._helpers.submit(memory.trim)
+
+
+def _holder(job: str) -> str:
+    return f"job:{job}"

@@ -1,0 +1,447 @@
+"""The supervisor's one I/O thread: it waits, turns what happens into stimuli, and carries out the actions.
+
+Owns the thread, the commands that other threads post to it, and the accepted jobs. It decides nothing
+(machine.py does) and leaves the details to three others: processes.py, lending.py, inbox.py.
+
+    callers ──── commands ────▶ ┌────────┐ ──── stimuli ────▶ machine
+    workers ──── messages ────▶ │  loop  │ ◀──── actions ────
+    kernel ─ exits, output, time ▶└────────┘ ──── events, resolutions ────▶ jobs
+
+What takes long, starting a process or making a segment, runs on two helper threads, and comes back as a
+command. Ended leases are read before the commands and applied after them, so that a lease that a command
+takes is never missed because the value it came from was dropped right after the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from legion_shm.clock import monotonic_s
+from legion_shm.config import SupervisorSettings, WorkerSpec
+from legion_shm.errors import JobCancelled, MessageTooLarge, StartupError, WorkerLost
+from legion_shm.events import JobQueued, JobRetrying, JobStarted, LogEvent
+from legion_shm.supervisor.inbox import Inbox
+from legion_shm.supervisor.lending import Lending
+from legion_shm.supervisor.machine import Limits, Machine
+from legion_shm.supervisor.master_memory import MasterMemory
+from legion_shm.supervisor.processes import Processes
+from legion_shm.supervisor.spawn import SpawnedWorker
+from legion_shm.supervisor.state import WorkerInfo
+from legion_shm.supervisor.stimuli import (
+    Action,
+    AskStop,
+    CloseRequested,
+    Interrupt,
+    JobReplied,
+    JobSubmitted,
+    PoolDefined,
+    ResolveJob,
+    RetryNoted,
+    SendJob,
+    SignalWorker,
+    SpawnWorker,
+    Stalled,
+    StartFailed,
+    Stimulus,
+    Tick,
+    WorkerExited,
+)
+from legion_shm.supervisor.submission import Submission
+from legion_shm.supervisor.worker_io import WorkerIO, describe_exit
+from legion_shm.transport.channel import ServerChannel
+from legion_shm.transport.handles import BlockHandle
+from legion_shm.transport.messages import BlocksFreed, Cancel, Message, RunJob, Stop
+from legion_shm.transport.runtime_dir import RuntimeDir
+from legion_shm.transport.segment import SegmentKind
+
+__all__ = ["Loop"]
+
+_log = logging.getLogger("legion_shm.supervisor")
+
+_MAX_WAIT_S = 10.0  # the loop looks around this often even when nothing is due
+_LAST_WORDS_S = 0.03  # frames that a dead worker had sent may still be in ZeroMQ's hands
+_HELPERS = 2
+
+
+class Loop:
+    """Runs in a thread of its own from `start` until `request_close` has ended every worker."""
+
+    def __init__(
+        self,
+        settings: SupervisorSettings,
+        channel: ServerChannel,
+        directory: RuntimeDir,
+        *,
+        segments: SegmentKind,
+    ) -> None:
+        self._settings, self._channel, self._directory = settings, channel, directory
+        self._commands: deque[Callable[[float], None]] = deque()
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+        self._awake = False
+        channel.watch(self._wake_r)
+        self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="legion-helper")
+        self._machine = Machine(_limits(settings))
+        self._specs: dict[str, WorkerSpec] = {}
+        self._submissions: dict[str, Submission] = {}
+        self._processes = Processes(settings, channel, self._helpers, self.post)
+        self.memory = MasterMemory(
+            kind=segments,
+            name_prefix=directory.segment_prefix,
+            inline_max_bytes=settings.inline_max_bytes,
+            quota_bytes=settings.arena_quota_bytes,
+            full_wait_s=settings.arena_wait_s,
+            segment_added=self._own_segment_added,
+            segments_retired=self._own_segments_retired,
+            resident=self._resident,
+        )
+        self._lending = Lending(settings, self.memory, self._processes, self._helpers, self.post)
+        self._inbox = Inbox(
+            max_bytes=settings.max_message_bytes,
+            channel=channel,
+            processes=self._processes,
+            lending=self._lending,
+            memory=self.memory,
+            machine=self._machine,
+            submissions=self._submissions,
+            handle=self._handle,
+        )
+        self._closing = False
+        self._ended = threading.Event()
+        self._end_lock = threading.Lock()
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="legion-loop", daemon=True)
+
+    # --- for other threads ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, command: Callable[[float], None]) -> None:
+        """Have the loop call ``command(now)`` soon, after everything posted before. Never blocks."""
+        self._commands.append(command)
+        if self._awake:
+            return
+        with self._end_lock:
+            if self._wake_w >= 0:
+                self._awake = True
+                try:
+                    os.write(self._wake_w, b"\0")
+                except BlockingIOError:
+                    return  # it has enough wake-ups to read
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What broke the loop itself, if anything ever does."""
+        return self._fault
+
+    def on_loop(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether the loop has ended within that time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def define(self, pool: str, spec: WorkerSpec) -> None:
+        self.post(partial(self._define, pool, spec))
+
+    def submit(self, submission: Submission) -> None:
+        self.post(partial(self._accept, submission))
+
+    def stimulate(self, stimulus: Stimulus) -> None:
+        self.post(lambda now: self._handle(stimulus, now))
+
+    def broadcast(self, message: Message, pool: str | None) -> None:
+        """Send to the job socket of every worker that is ready (of one pool)."""
+        self.post(lambda now: self._broadcast(message, pool))
+
+    def request_close(self) -> None:
+        """Cancel what is there, end the workers by the stop ladder, then end the loop."""
+        self.post(self._close)
+
+    def snapshot(self, timeout_s: float) -> tuple[WorkerInfo, ...]:
+        """The workers as the loop knows them now. Raises TimeoutError if it does not answer."""
+        done = threading.Event()
+        box: list[tuple[WorkerInfo, ...]] = []
+
+        def look(now: float) -> None:
+            box.append(self._worker_infos())
+            done.set()
+
+        self.post(look)
+        if not done.wait(timeout_s) and not self._ended.is_set():
+            raise TimeoutError(f"the supervisor's loop did not answer within {timeout_s:g} s")
+        return box[0] if box else ()
+
+    def _own_segment_added(self, arena: int, segment: int, nbytes: int) -> None:
+        self.post(lambda now: self._lending.own_segment_added(segment, nbytes))
+
+    def _own_segments_retired(self, arena: int, segments: tuple[int, ...]) -> None:
+        self.post(lambda now: self._lending.own_segments_retired(segments))
+
+    def _resident(self, handle: BlockHandle) -> None:
+        self.post(lambda now: self._lending.resident(handle))
+
+    # --- the thread -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not (self._closing and not len(self._processes) and not self._submissions):
+                self._turn()
+        except BaseException as error:
+            self._fault = error
+            _log.exception("the supervisor's loop failed; its workers are ended and its jobs are lost")
+            self._abandon(error)
+        finally:
+            self._end()
+
+    def _turn(self) -> None:
+        now = monotonic_s()
+        due_s = self._due_s(now)
+        frames, fds = self._channel.wait(max(0.0, due_s - now))
+        if monotonic_s() - max(now, due_s) > self._settings.heartbeat_interval_s:
+            # We did not run for a while; whoever was silent meanwhile may be well.
+            self._handle(Stalled(), monotonic_s())
+        ended_views = self.memory.drain_released()
+        if self._wake_r in fds:
+            os.read(self._wake_r, 4096)
+        self._awake = False
+        while self._commands:
+            self._commands.popleft()(monotonic_s())
+        self._lending.own_views_ended(ended_views)
+        if frames:
+            self._inbox.drain()
+        for fd in fds:
+            self._descriptor_ready(fd)
+        self._reap()
+        deadline_s = self._machine.next_deadline_s()
+        if deadline_s is not None and monotonic_s() >= deadline_s:
+            self._inbox.drain()
+            self._handle(Tick(), monotonic_s())
+        self._lending.return_leases(monotonic_s())
+
+    def _due_s(self, now: float) -> float:
+        times = (
+            self._machine.next_deadline_s(),
+            self._processes.next_exit_s(),
+            self._lending.next_due_s(now),
+        )
+        return min((time_s for time_s in times if time_s is not None), default=now + _MAX_WAIT_S)
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def _define(self, pool: str, spec: WorkerSpec, now: float) -> None:
+        if pool not in self._specs:
+            self._specs[pool] = spec
+            limits = (spec.max_workers, spec.startup_timeout_s, spec.idle_timeout_s, spec.max_jobs_per_life)
+            self._handle(PoolDefined(pool, *limits), now)
+
+    def _accept(self, submission: Submission, now: float) -> None:
+        feed, options = submission.feed, submission.options
+        self._submissions[submission.job] = submission
+        self._lending.accept(submission.job, submission.packed)
+        feed.emit(JobQueued, now)
+        for text in submission.warnings:
+            feed.emit(partial(_warning, text), now)
+        deadline_s = None if options.deadline_s is None else submission.submitted_s + options.deadline_s
+        self._handle(JobSubmitted(submission.job, submission.pool, deadline_s, options.retries), now)
+
+    def _close(self, now: float) -> None:
+        self._closing = True
+        self._handle(CloseRequested(), now)
+
+    def _broadcast(self, message: Message, pool: str | None) -> None:
+        for worker in self._processes:
+            record = self._machine.workers.get(worker.id)
+            if worker.ready and record is not None and pool in (None, record.pool):
+                self._processes.send(worker, message)
+
+    # --- the machine's orders -----------------------------------------------------------------------
+
+    def _handle(self, stimulus: Stimulus, now: float) -> None:
+        for action in self._machine.handle(stimulus, now):
+            self._act(action, now)
+
+    def _act(self, action: Action, now: float) -> None:
+        if isinstance(action, SendJob):
+            self._send_job(action, now)
+        elif isinstance(action, ResolveJob):
+            self._resolve(action, now)
+        elif isinstance(action, SpawnWorker):
+            self._processes.spawn(
+                action.worker, self._specs[action.pool], self.memory.kind, self._spawn_failed
+            )
+        elif isinstance(action, Interrupt):
+            self._processes.send(self._processes[action.worker], Cancel(action.job), control=True)
+        elif isinstance(action, AskStop):
+            self._ask_stop(self._processes[action.worker])
+        elif isinstance(action, SignalWorker):
+            self._processes[action.worker].signal(action.signal)
+        else:
+            self._note_retry(action, now)
+
+    def _send_job(self, action: SendJob, now: float) -> None:
+        submission = self._submissions[action.job]
+        worker = self._processes[action.worker]
+        submission.sent_s = now
+        freed = self._lending.lend(worker, submission.packed)
+        submission.feed.set_running(True)
+        submission.feed.emit(
+            lambda j, seq, at: JobStarted(j, seq, at, worker.id, worker.engine, action.attempt), now
+        )
+        message = RunJob(
+            action.job,
+            action.attempt,
+            submission.workflow,
+            submission.digest,
+            submission.packed.values,
+            freed,
+            submission.options.allow_cpu,
+        )
+        try:
+            self._processes.send(worker, message)
+        except MessageTooLarge as error:
+            self._processes.send(worker, BlocksFreed(freed))
+            self._handle(JobReplied(worker.id, action.job, action.attempt, "failed", error), now)
+
+    def _resolve(self, action: ResolveJob, now: float) -> None:
+        submission = self._submissions.pop(action.job)
+        # A delivery that is not handed out is dropped here, and its finalizer gives the leases back.
+        delivery = submission.delivery if action.state == "done" else None
+        submission.delivery = None
+        self._lending.end_job(action.job)
+        submission.feed.resolve(action.state, action.error, delivery, now)
+
+    def _note_retry(self, action: RetryNoted, now: float) -> None:
+        feed = self._submissions[action.job].feed
+        feed.set_running(False)
+        feed.emit(lambda j, seq, at: JobRetrying(j, seq, at, action.attempt, action.reason), now)
+
+    def _ask_stop(self, worker: WorkerIO) -> None:
+        if worker.ready:
+            self._processes.send(worker, Stop())
+        else:
+            worker.signal("SIGTERM")  # it reads no message before it is ready
+
+    def _spawn_failed(self, worker: WorkerIO, error: StartupError, now: float) -> None:
+        self._handle(StartFailed(worker.id, error), now)
+        self._worker_gone(worker, None, now)
+
+    # --- processes ------------------------------------------------------------------------------------
+
+    def _descriptor_ready(self, fd: int) -> None:
+        found = self._processes.readable(fd)
+        if found is None:
+            return
+        worker, ended = found
+        now = monotonic_s()
+        if ended:
+            record = self._machine.workers.get(worker.id)
+            speaks = record is not None and (record.job is not None or not worker.ready)
+            worker.gone_at_s = now + (_LAST_WORDS_S if speaks else 0.0)
+        else:
+            self._inbox.output(worker, now)
+
+    def _reap(self) -> None:
+        now = monotonic_s()
+        exited = self._processes.exited(now)
+        if exited:
+            self._inbox.drain()
+        for worker, exit_code in exited:
+            self._worker_gone(worker, exit_code, now)
+
+    def _worker_gone(self, worker: WorkerIO, exit_code: int | None, now: float) -> None:
+        self._inbox.output(worker, now)
+        self._processes.remove(worker)
+        self._lending.worker_gone(worker)
+        cause = describe_exit(exit_code)
+        if worker.violation:
+            cause = f"broke the protocol ({worker.violation}) and was ended"
+        self._handle(WorkerExited(worker.id, exit_code, cause, tuple(worker.tail)), now)
+
+    def _worker_infos(self) -> tuple[WorkerInfo, ...]:
+        host = socket.gethostname()
+        infos: list[WorkerInfo] = []
+        for worker in self._processes:
+            record = self._machine.workers.get(worker.id)
+            if record is not None:
+                infos.append(
+                    WorkerInfo(
+                        id=worker.id,
+                        pid=worker.spawned.pid if worker.spawned is not None else None,
+                        state=record.state,
+                        engine=worker.engine,
+                        host=host,
+                        jobs_done=record.jobs_done,
+                        rss_bytes=worker.rss_bytes,
+                        arena_bytes=self.memory.segment_bytes(worker.arena),
+                        job_id=record.job,
+                        spec_key=record.pool,
+                    )
+                )
+        return tuple(infos)
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def _abandon(self, error: BaseException) -> None:
+        """The loop itself broke: nobody may wait for it for ever, and no worker may outlive it."""
+        self._processes.kill_all()
+        for submission in self._submissions.values():
+            if not submission.feed.done():
+                text = f"job {submission.job}: the supervisor failed: {error!r}; this is a bug in Legion"
+                lost = WorkerLost(text, job_id=submission.job)
+                submission.feed.resolve("lost", lost, None, monotonic_s())
+        self._submissions.clear()
+
+    def _end(self) -> None:
+        self._helpers.shutdown(wait=True, cancel_futures=True)
+        with self._end_lock:
+            wake_w, self._wake_w = self._wake_w, -1
+        self._ended.set()
+        for command in tuple(self._commands):
+            self._too_late(command)
+        self._commands.clear()
+        self._channel.unwatch(self._wake_r)
+        self._channel.close()
+        self.memory.close()
+        self._directory.close()
+        os.close(self._wake_r)
+        os.close(wake_w)
+
+    def _too_late(self, command: Callable[[float], None]) -> None:
+        """A command that the loop will not get to: a job must not wait for ever, a process not be left."""
+        arguments: tuple[object, ...] = command.args if isinstance(command, partial) else ()
+        for argument in arguments:
+            if isinstance(argument, Submission) and not argument.feed.done():
+                text = f"job {argument.job} was cancelled: the supervisor closed"
+                error = JobCancelled(text, job_id=argument.job)
+                argument.feed.resolve("cancelled", error, None, monotonic_s())
+            elif isinstance(argument, SpawnedWorker):
+                argument.close()
+
+
+def _limits(settings: SupervisorSettings) -> Limits:
+    return Limits(
+        max_workers=settings.max_workers,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        cancel_grace_s=settings.cancel_grace_s,
+        stop_grace_s=settings.stop_grace_s,
+        term_grace_s=settings.term_grace_s,
+        restart_budget=settings.restart_budget,
+        restart_backoff_s=settings.restart_backoff_s,
+        restart_backoff_max_s=settings.restart_backoff_max_s,
+        restart_reset_s=settings.restart_reset_s,
+    )
+
+
+def _warning(text: str, job: str, seq: int, time_s: float) -> LogEvent:
+    return LogEvent(job, seq, time_s, "log", text, "WARNING", "legion_shm")

@@ -1,0 +1,189 @@
+"""The supervisor process's memory: its own arena, its views of the workers', and every segment there is.
+
+Owns the segments: each one, of whichever arena, is made and described here, and outlives the worker it was
+made for. Callers' threads encode inputs and decode results here; the loop's thread registers leases
+elsewhere and learns from `drain_released` which have ended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from legion_shm.errors import ArenaFull
+from legion_shm.ids import new_arena_id
+from legion_shm.transport.arena import Arena, ArenaStats, Block
+from legion_shm.transport.attachments import Attachments
+from legion_shm.transport.handles import BlockHandle, round_up
+from legion_shm.transport.messages import Values
+from legion_shm.transport.segment import Segment, SegmentKind, create_segment
+from legion_shm.transport.values import PackedValues, discard, pack, unpack
+
+__all__ = ["MasterMemory"]
+
+
+class MasterMemory:
+    """The BlockStore of the supervisor's process, and the registry of all segments. Thread-safe.
+
+    ``segment_added(arena, segment, nbytes)`` and ``segments_retired(arena, ids)`` hear, in order, what the
+    own arena does; ``resident(handle)`` hears of a block that a tensor of the caller lives in from now on.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: SegmentKind,
+        name_prefix: str,
+        inline_max_bytes: int,
+        quota_bytes: int,
+        full_wait_s: float,
+        segment_added: Callable[[int, int, int], None],
+        segments_retired: Callable[[int, tuple[int, ...]], None],
+        resident: Callable[[BlockHandle], None],
+    ) -> None:
+        self.inline_max_bytes = inline_max_bytes
+        self.kind: SegmentKind = kind
+        self.arena_id = new_arena_id()
+        self._name_prefix = name_prefix
+        self._quota_bytes = quota_bytes
+        self._segment_added, self._segments_retired = segment_added, segments_retired
+        self._resident = resident
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._segments: dict[int, dict[int, Segment]] = {}
+        self._attachments = Attachments()
+        self._returned: deque[BlockHandle] = deque()
+        self._closed = False
+        self._arena = Arena(
+            arena_id=self.arena_id,
+            grow=self._grow,
+            quota_bytes=quota_bytes,
+            full_wait_s=full_wait_s,
+            shrink=lambda segment_id: self._retire((segment_id,)),
+        )
+
+    # --- the BlockStore that the codec sees ---------------------------------------------------------
+
+    def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
+        found = self._attachments.find(address, nbytes)
+        if found is not None and found[0].arena == self.arena_id and not self._arena.isolate(found[0]):
+            return None  # its owner's later writes could be seen, so a copy goes
+        return found
+
+    def reserve(self, nbytes: int) -> Block:
+        return self._arena.reserve(nbytes)
+
+    def discard(self, handle: BlockHandle) -> None:
+        self._arena.free(handle)
+
+    def view(self, handle: BlockHandle) -> Any:
+        return self._attachments.view(handle)
+
+    # --- values -------------------------------------------------------------------------------------
+
+    def pack(self, values: Mapping[str, object]) -> PackedValues:
+        return pack(values, self)
+
+    def discard_values(self, values: Values) -> None:
+        discard(values, self)
+
+    def unpack(self, values: Values, allow_cpu: bool) -> dict[str, object]:
+        return unpack(values, self, give_back=self._returned.append, allow_cpu=allow_cpu)
+
+    def give_back(self, handles: tuple[BlockHandle, ...]) -> None:
+        """Deliveries that nobody will decode. Called by finalizers: takes no lock."""
+        self._returned.extend(handles)
+
+    def resident_buffer(self, nbytes: int) -> Any:
+        """A writable ctypes array of ``nbytes`` in the arena; its block lives as long as it does."""
+        block = self._arena.reserve(nbytes)
+        try:
+            array = self._attachments.adopt_owned(block.handle, block.address, self._returned.append)
+        except BaseException:
+            self._arena.free(block.handle)
+            raise
+        self._resident(block.handle)
+        return array
+
+    def drain_released(self) -> list[BlockHandle]:
+        """The supervisor's own deliveries that have ended, one entry each."""
+        released = self._attachments.drain_released()
+        while self._returned:
+            released.append(self._returned.popleft())
+        return released
+
+    def live_views(self) -> int:
+        return self._attachments.live_views() + len(self._returned)
+
+    def free(self, handle: BlockHandle) -> None:
+        """A block of the own arena whose last lease has ended."""
+        self._arena.free(handle)
+
+    def stats(self) -> ArenaStats:
+        return self._arena.stats()
+
+    # --- segments -------------------------------------------------------------------------------------
+
+    def _grow(self, nbytes: int) -> tuple[int, Segment]:
+        segment_id, segment = self.create(self.arena_id, nbytes)
+        self._segment_added(self.arena_id, segment_id, segment.nbytes)
+        return segment_id, segment
+
+    def create(self, arena: int, nbytes: int) -> tuple[int, Segment]:
+        """Make a segment of any arena and attach it here. Raises ArenaFull; takes 0.3 s per GiB."""
+        nbytes = round_up(nbytes)
+        if nbytes > self._quota_bytes:
+            raise ArenaFull(f"a segment of {nbytes} bytes exceeds arena_quota_bytes = {self._quota_bytes}")
+        try:
+            segment = create_segment(self.kind, nbytes, name_prefix=self._name_prefix)
+        except OSError as error:
+            raise ArenaFull(f"no segment of {nbytes} bytes could be made: {error}") from error
+        segment_id = next(self._ids)
+        with self._lock:
+            if self._closed:
+                segment.close()
+                raise ArenaFull("the supervisor is closed")
+            self._segments.setdefault(arena, {})[segment_id] = segment
+        self._attachments.add(arena, segment_id, segment)
+        return segment_id, segment
+
+    def segment(self, arena: int, segment_id: int) -> Segment | None:
+        return self._segments.get(arena, {}).get(segment_id)
+
+    def segment_bytes(self, arena: int) -> int:
+        with self._lock:
+            return sum(segment.nbytes for segment in self._segments.get(arena, {}).values())
+
+    def drop(self, arena: int, segment_ids: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Close segments (all of an arena by default): their ids. Live views stay readable."""
+        with self._lock:
+            entry = self._segments.get(arena, {})
+            ids = tuple(entry) if segment_ids is None else tuple(i for i in segment_ids if i in entry)
+            for segment_id in ids:
+                del entry[segment_id]
+            if not entry:
+                self._segments.pop(arena, None)
+        for segment_id in ids:
+            self._attachments.drop(arena, segment_id)
+        return ids
+
+    def _retire(self, segment_ids: tuple[int, ...]) -> None:
+        self.drop(self.arena_id, segment_ids)
+        self._segments_retired(self.arena_id, segment_ids)
+
+    def trim(self) -> None:
+        """Give the own arena's wholly free segments back to the system."""
+        retired = tuple(self._arena.trim())
+        if retired:
+            self._retire(retired)
+
+    def close(self) -> None:
+        """Close every descriptor. Delivered values stay valid for as long as they are referred to."""
+        with self._lock:
+            self._closed = True
+            self._segments.clear()
+        self._arena.close()
+        self._attachments.close()

@@ -1,0 +1,193 @@
+"""The worker processes: starting them, talking to them, reading their output, seeing them end.
+
+Owns the `WorkerIO` of every worker from the order to spawn it until its last line has been read, and
+which socket identity and which descriptor belongs to which. It knows no jobs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from functools import partial
+
+from legion_shm.config import SupervisorSettings, WorkerSpec
+from legion_shm.errors import StartupError
+from legion_shm.supervisor.spawn import HostConfig, SpawnedWorker, spawn_worker
+from legion_shm.supervisor.worker_io import WorkerIO
+from legion_shm.transport.channel import ServerChannel
+from legion_shm.transport.messages import Message, encode_message
+from legion_shm.transport.segment import SegmentKind
+
+__all__ = ["Post", "Processes"]
+
+_log = logging.getLogger("legion_shm.supervisor")
+
+Post = Callable[[Callable[[float], None]], None]
+"""Have the loop call something, with the time, on its own thread."""
+
+
+class Processes:
+    """Used by the loop's thread alone; processes are started on a helper's."""
+
+    def __init__(
+        self, settings: SupervisorSettings, channel: ServerChannel, helpers: Executor, post: Post
+    ) -> None:
+        self._settings, self._channel = settings, channel
+        self._helpers, self._post = helpers, post
+        self._workers: dict[str, WorkerIO] = {}
+        self._by_identity: dict[bytes, WorkerIO] = {}
+        self._by_fd: dict[int, WorkerIO] = {}
+
+    def __iter__(self) -> Iterator[WorkerIO]:
+        return iter(tuple(self._workers.values()))
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, worker_id: str) -> WorkerIO | None:
+        return self._workers.get(worker_id)
+
+    def __getitem__(self, worker_id: str) -> WorkerIO:
+        return self._workers[worker_id]
+
+    def of_identity(self, identity: bytes) -> WorkerIO | None:
+        return self._by_identity.get(identity)
+
+    # --- starting -----------------------------------------------------------------------------------
+
+    def spawn(
+        self,
+        worker_id: str,
+        spec: WorkerSpec,
+        kind: SegmentKind,
+        failed: Callable[[WorkerIO, StartupError, float], None],
+    ) -> None:
+        """Start a worker in the background. ``failed(worker, error, now)`` hears if no process comes."""
+        settings = self._settings
+        worker = WorkerIO(worker_id, spec, settings.log_tail_lines)
+        worker.endpoint = endpoint = self._channel.admit(worker.identities)
+        worker.engine = spec.engine
+        self._workers[worker.id] = worker
+        for identity in worker.identities:
+            self._by_identity[identity] = worker
+        same_python = spec.python_executable in (None, sys.executable)
+        config = HostConfig(
+            worker=worker.id,
+            token=worker.token,
+            endpoint=endpoint,
+            job_identity=worker.job_identity,
+            control_identity=worker.control_identity,
+            arena=worker.arena,
+            arena_quota_bytes=settings.arena_quota_bytes,
+            arena_wait_s=settings.arena_wait_s,
+            inline_max_bytes=settings.inline_max_bytes,
+            max_message_bytes=settings.max_message_bytes,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+            lease_flush_s=settings.lease_flush_s,
+            idle_trim_s=settings.idle_trim_s,
+            segments=kind,
+            engine="comfy" if spec.engine == "comfy" else "graph",
+            node_modules=tuple(spec.node_modules),
+            comfyui_path=spec.comfyui_path,
+            extra_args=tuple(spec.extra_args),
+            python_path=tuple(spec.python_path),
+            parent_path=_importable_path() if same_python and spec.engine == "graph" else (),
+        )
+
+        def start() -> None:
+            try:
+                spawned = spawn_worker(
+                    config, executable=spec.python_executable, env=spec.env, working_dir=spec.working_dir
+                )
+            except StartupError as error:
+                self._post(partial(failed, worker, error))
+            except BaseException as error:
+                text = f"worker {worker.id} could not be started: {error!r}"
+                self._post(partial(failed, worker, StartupError(text, worker_id=worker.id)))
+            else:
+                self._post(partial(self.adopt, worker, spawned))
+
+        self._helpers.submit(start)
+
+    def adopt(self, worker: WorkerIO, spawned: SpawnedWorker, now: float) -> None:
+        """The process is there; if it is not wanted any more, its end comes right after."""
+        worker.adopt(spawned)
+        for fd in (spawned.exit_fd, *worker.readers):
+            self._by_fd[fd] = worker
+            self._channel.watch(fd)
+        if worker.kill_wanted:
+            worker.signal("SIGKILL")
+
+    # --- talking ------------------------------------------------------------------------------------
+
+    def send(self, worker: WorkerIO, message: Message, *, control: bool = False) -> None:
+        """To the job socket, or the control socket. A worker that is gone is not an error: its end comes."""
+        frame = encode_message(message, max_bytes=self._settings.max_message_bytes)
+        if not self._channel.send(worker.control_identity if control else worker.job_identity, frame):
+            _log.debug("worker %s is not there to take a %s", worker.id, type(message).__name__)
+
+    # --- output and end -----------------------------------------------------------------------------
+
+    def readable(self, fd: int) -> tuple[WorkerIO, bool] | None:
+        """Whose descriptor it is and whether it says that the process has ended; None if nobody's."""
+        worker = self._by_fd.get(fd)
+        if worker is None or worker.spawned is None:
+            return None
+        ended = fd == worker.spawned.exit_fd
+        if ended:
+            self._unwatch(fd)
+        return worker, ended
+
+    def read_output(self, worker: WorkerIO) -> list[tuple[str, str]]:
+        """(stream, line) of what it wrote since the last call; kept in its tail too."""
+        lines = worker.read_lines()
+        for fd, (_, reader) in worker.readers.items():
+            if reader.ended:
+                self._unwatch(fd)
+        return [(str(stream), line) for stream, line in lines]
+
+    def exited(self, now: float) -> list[tuple[WorkerIO, int]]:
+        """Workers whose time to speak is over, with their exit codes."""
+        found: list[tuple[WorkerIO, int]] = []
+        for worker in self._workers.values():
+            if worker.gone_at_s is not None and now >= worker.gone_at_s and worker.spawned is not None:
+                exit_code = worker.spawned.exit_code()
+                if exit_code is not None:
+                    found.append((worker, exit_code))
+        return found
+
+    def next_exit_s(self) -> float | None:
+        times = [worker.gone_at_s for worker in self._workers.values() if worker.gone_at_s is not None]
+        return min(times, default=None)
+
+    def remove(self, worker: WorkerIO) -> None:
+        """Forget a worker whose process has ended or never was; whatever it left behind is killed."""
+        if worker.spawned is not None:
+            for fd in (worker.spawned.exit_fd, *worker.readers):
+                self._unwatch(fd)
+            worker.spawned.close()
+        if worker.endpoint is not None:
+            self._channel.dismiss(worker.identities, worker.endpoint)
+        for identity in worker.identities:
+            self._by_identity.pop(identity, None)
+        self._workers.pop(worker.id, None)
+
+    def kill_all(self) -> None:
+        """Without manners: for when the loop itself has failed."""
+        for worker in tuple(self._workers.values()):
+            worker.signal("SIGKILL")
+            if worker.spawned is not None:
+                worker.spawned.process.join(timeout=1.0)
+            self.remove(worker)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._by_fd.pop(fd, None) is not None:
+            self._channel.unwatch(fd)
+
+
+def _importable_path() -> tuple[str, ...]:
+    """Where this program imports from, for workers that load its own node modules."""
+    return tuple(os.path.abspath(path) if path else os.getcwd() for path in sys.path)

@@ -1,0 +1,78 @@
+"""From a worker's words to ours: the error that a failed job raises, the figures of a finished one. Pure."""
+
+from __future__ import annotations
+
+from legion_shm.errors import (
+    ArenaFull,
+    InvalidWorkflow,
+    JobCancelled,
+    JobFailed,
+    LegionError,
+    MessageTooLarge,
+    UnsupportedValue,
+)
+from legion_shm.supervisor.result import JobStats, Transfer
+from legion_shm.supervisor.submission import Submission
+from legion_shm.transport.codec import TransferStats
+from legion_shm.transport.messages import JobCancelledReply, JobDone, JobFailedReply
+
+__all__ = ["error_from", "stats_from"]
+
+
+def error_from(message: JobFailedReply | JobCancelledReply, worker: str) -> LegionError:
+    """The error that the job's caller sees."""
+    if isinstance(message, JobCancelledReply):
+        return JobCancelled(f"job {message.job} was cancelled in worker {worker}", job_id=message.job)
+    if message.kind == "InvalidWorkflow":
+        return InvalidWorkflow(
+            message.message,
+            node_id=message.node_id,
+            input_name=message.path or None,
+            problems=message.problems,
+        )
+    if message.kind == "UnsupportedValue":
+        return UnsupportedValue(message.message, path=message.path)
+    if message.kind == "ArenaFull":
+        return ArenaFull(message.message)
+    if message.kind == "MessageTooLarge":
+        return MessageTooLarge(message.message)
+    return JobFailed(
+        message.message,
+        job_id=message.job,
+        node_id=message.node_id,
+        class_type=message.class_type,
+        exception_type=message.exception_type,
+        exception_message=message.exception_message,
+        traceback=message.traceback,
+        inputs_summary=message.inputs_summary,
+    )
+
+
+def stats_from(submission: Submission, message: JobDone, *, engine: str, worker: str, now: float) -> JobStats:
+    """Where the time went. The worker's times are of the same monotonic clock as ours."""
+
+    def seconds(us: int) -> float:
+        return us / 1e6
+
+    transfers = [
+        Transfer.from_stats("to_worker", name, stats) for name, stats in submission.packed.stats.items()
+    ]
+    for name, _, _, _, _, numbers in message.values:
+        if name != "ui":
+            transfers.append(Transfer.from_stats("from_worker", name, TransferStats(*numbers)))
+    return JobStats(
+        engine=engine,
+        worker_id=worker,
+        attempts=message.attempt,
+        nodes_executed=message.nodes_executed,
+        nodes_cached=message.nodes_cached,
+        encode_s=submission.encoded_s - submission.submitted_s,
+        queue_s=submission.sent_s - submission.encoded_s,
+        to_worker_s=seconds(message.received_us) - submission.sent_s,
+        decode_s=seconds(message.decoded_us - message.received_us),
+        execute_s=seconds(message.executed_us - message.decoded_us),
+        result_encode_s=seconds(message.encoded_us - message.executed_us),
+        from_worker_s=now - seconds(message.encoded_us),
+        total_s=now - submission.submitted_s,
+        transfers=tuple(transfers),
+    )

@@ -1,0 +1,147 @@
+"""What a job resolves to: outputs by name, what crossed, where the time went.
+
+Owns the late decoding of a result: a `Delivery` holds leases, and gives them back if nobody ever looks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, cast
+
+from legion_shm.clock import monotonic_s
+from legion_shm.errors import LegionError
+from legion_shm.transport.codec import TransferStats
+from legion_shm.transport.handles import BlockHandle
+from legion_shm.transport.messages import Values
+
+__all__ = ["Decoder", "Delivery", "JobStats", "Result", "Transfer"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What crossed for one channel in one direction, in bytes.
+
+    ``copied_bytes`` is what was copied, in ``copies`` copies, on the way from the sender's value into
+    shared memory; ``referenced_bytes`` what lay in an arena already and went by handle alone;
+    ``inline_bytes`` what was small enough to travel inside the message.
+    """
+
+    direction: Literal["to_worker", "from_worker"]
+    name: str
+    tensors: int
+    payload_bytes: int
+    inline_bytes: int
+    copied_bytes: int
+    copies: int
+    referenced_bytes: int
+
+    @classmethod
+    def from_stats(
+        cls, direction: Literal["to_worker", "from_worker"], name: str, stats: TransferStats
+    ) -> Transfer:
+        return cls(
+            direction,
+            name,
+            stats.tensors,
+            stats.payload_bytes,
+            stats.inline_bytes,
+            stats.copied_bytes,
+            stats.copies,
+            stats.referenced_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class JobStats:
+    """Where a job's time went, in seconds, and what crossed.
+
+    In order: ``encode_s`` (inputs into shared memory, in the caller's thread), ``queue_s`` (until a worker
+    was free), ``to_worker_s`` (wire and wake-up), ``decode_s``, ``execute_s`` (the nodes),
+    ``result_encode_s`` (outputs into shared memory), ``from_worker_s`` (wire and wake-up),
+    ``result_decode_s`` (views made in the caller's thread). ``total_s`` is submit to resolution.
+    """
+
+    engine: str
+    worker_id: str
+    attempts: int
+    nodes_executed: int
+    nodes_cached: int
+    encode_s: float
+    queue_s: float
+    to_worker_s: float
+    decode_s: float
+    execute_s: float
+    result_encode_s: float
+    from_worker_s: float
+    total_s: float
+    result_decode_s: float = 0.0
+    transfers: tuple[Transfer, ...] = ()
+
+    @property
+    def copies(self) -> int:
+        """Copies of payload bytes through shared memory, both directions together."""
+        return sum(transfer.copies for transfer in self.transfers)
+
+
+class Result(Mapping[str, Any]):
+    """A job's outputs by channel name, in the order of delivery; read-only.
+
+    Tensors are views of shared memory: writable, with writes private to the process, and valid for as
+    long as they are referred to, also after the supervisor has closed. ``ui`` is what output nodes
+    reported, by node id; ``stats`` says where the time went; ``engine`` which engine ran it.
+    """
+
+    def __init__(self, outputs: Mapping[str, Any], ui: Mapping[str, Any], stats: JobStats) -> None:
+        self._outputs = dict(outputs)
+        self.ui = ui
+        self.stats = stats
+
+    @property
+    def engine(self) -> str:
+        return self.stats.engine
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._outputs[name]
+        except KeyError:
+            raise KeyError(
+                f"no output {name!r}; the job delivered {', '.join(self._outputs) or 'none'}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def __repr__(self) -> str:
+        return f"Result({', '.join(self._outputs) or 'no outputs'}; engine={self.engine})"
+
+
+class Decoder(Protocol):
+    """The supervisor's memory, as far as a result needs it."""
+
+    def unpack(self, values: Values, allow_cpu: bool) -> dict[str, object]: ...
+
+    def give_back(self, handles: tuple[BlockHandle, ...]) -> None: ...
+
+
+class Delivery:
+    """Encoded results whose leases are taken: decoded once by whoever asks first, else given back."""
+
+    def __init__(self, values: Values, stats: JobStats, decoder: Decoder, *, allow_cpu: bool) -> None:
+        self._values, self._stats, self._decoder = values, stats, decoder
+        self._allow_cpu = allow_cpu
+        handles = tuple(handle for value in values for handle in value[2])
+        self._finalizer = weakref.finalize(self, decoder.give_back, handles)
+        self._finalizer.atexit = False
+
+    def decode(self) -> Result:
+        started_s = monotonic_s()
+        if self._finalizer.detach() is None:
+            raise LegionError("a result was decoded twice")
+        outputs = self._decoder.unpack(self._values, self._allow_cpu)
+        ui = cast("Mapping[str, Any]", outputs.pop("ui", {}))
+        return Result(outputs, ui, replace(self._stats, result_decode_s=monotonic_s() - started_s))

@@ -1,0 +1,330 @@
+"""Starting a worker process: multiprocessing's spawn, with an environment of its own.
+
+Owns the process object and what it inherits: environment, output pipes, the death pipe's read end, the
+descriptor socket. It knows nothing of jobs. It never imports torch: the child unpickles a class of
+this module before its entry runs, and must not load torch before its environment is settled.
+
+Three things differ from plain spawn (and are why a subclass is needed, rather than its arguments):
+
+- the child gets its own environment at exec, so that LD_PRELOAD or GLIBC_TUNABLES act, while the
+  parent's ``os.environ`` is never touched, not even for a moment;
+- the parent's ``__main__`` is not imported again in the child: a plain script needs no main guard, a
+  REPL and a notebook work, and ComfyUI's ``main.py`` does not start a second ComfyUI;
+- another ``python_executable`` may be used.
+
+``WorkerProcess`` derives from the class that ``torch.multiprocessing.get_context("spawn").Process`` is.
+
+    parent                                   child (session and process group of its own)
+    death pipe write end ──────────────────▶ read end: SIGKILL to the group when the parent is gone
+    stdout, stderr read ends ◀────────────── descriptors 1 and 2, from exec on
+    descriptor socket ─────────────────────▶ memfd segments
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from multiprocessing import reduction, resource_tracker
+from multiprocessing.context import SpawnProcess, set_spawning_popen
+from multiprocessing.popen_spawn_posix import Popen as SpawnPopen
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from legion_shm.errors import StartupError
+from legion_shm.transport.channel import Endpoint
+
+__all__ = ["HostConfig", "SpawnedWorker", "WorkerProcess", "spawn_worker"]
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """What a worker process is told at its start; picklable, and unpicklable without torch."""
+
+    worker: str
+    token: str
+    endpoint: Endpoint
+    job_identity: bytes
+    control_identity: bytes
+    arena: int
+    arena_quota_bytes: int
+    arena_wait_s: float
+    inline_max_bytes: int
+    max_message_bytes: int
+    heartbeat_interval_s: float
+    lease_flush_s: float
+    idle_trim_s: float
+    segments: Literal["memfd", "portable"]
+    engine: Literal["graph", "comfy"]
+    node_modules: tuple[str, ...]
+    comfyui_path: str | None
+    extra_args: tuple[str, ...]
+    python_path: tuple[str, ...]
+    parent_path: tuple[str, ...]
+    death_fd: int = -1
+    descriptor_fd: int = -1
+
+
+class _LegionPopen(SpawnPopen):
+    """Spawn's launcher over subprocess.Popen; the protocol with ``spawn_main`` is multiprocessing's own."""
+
+    _fds: list[int]  # multiprocessing's own list of what the child inherits
+    finalizer: Any
+
+    def __init__(self, process: WorkerProcess) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(process)
+
+    def _launch(self, process_obj: Any) -> None:
+        launch: _Launch = process_obj.launch
+        process_obj.launch = None  # of this process only; the child needs none of it
+        tracker_fd = cast("int", resource_tracker.getfd())  # starts the tracker if there is none
+        payload = io.BytesIO()
+        set_spawning_popen(self)
+        try:
+            preparation = {
+                "name": process_obj.name,
+                "authkey": process_obj.authkey,
+                "dir": launch.working_dir,
+                "orig_dir": launch.working_dir,
+            }
+            reduction.dump(preparation, payload)
+            reduction.dump(process_obj, payload)
+        finally:
+            set_spawning_popen(None)
+        with contextlib.ExitStack() as ours_on_failure, contextlib.ExitStack() as childs:
+            sentinel, child_w = _pipe(ours_on_failure, childs)
+            child_r, parent_w = _pipe(childs, ours_on_failure)
+            self._process = subprocess.Popen(
+                [
+                    launch.executable,
+                    *launch.flags,
+                    "-c",
+                    _program(launch, tracker_fd, child_r),
+                    "--multiprocessing-fork",
+                ],
+                env=dict(launch.env),
+                stdin=subprocess.DEVNULL,
+                stdout=launch.stdout,
+                stderr=launch.stderr,
+                pass_fds=(*launch.pass_fds, *self._fds, tracker_fd, child_r, child_w),
+                start_new_session=True,
+            )
+            self.pid = self._process.pid
+            self.sentinel = sentinel
+            with contextlib.suppress(BrokenPipeError), open(parent_w, "wb", closefd=False) as file:
+                file.write(payload.getbuffer())
+            childs.close()
+            os.close(parent_w)
+            ours_on_failure.pop_all()
+        self.finalizer = None
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        if self.returncode is None and self._process is not None:
+            self.returncode = self._process.poll() if flag == os.WNOHANG else self._process.wait()
+        return self.returncode
+
+    def close(self) -> None:
+        if self.sentinel >= 0:
+            os.close(self.sentinel)
+            self.sentinel = -1
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    r, w = os.pipe()
+    reader.callback(_close_once, r)
+    writer.callback(_close_once, w)
+    return r, w
+
+
+def _close_once(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def _program(launch: _Launch, tracker_fd: int, pipe_fd: int) -> str:
+    # "-c" puts the current folder first on sys.path, where a file of the user's could hide a library.
+    return (
+        "import sys; sys.path[:1] = [p for p in sys.path[:1] if p]; "
+        f"sys.path.extend(p for p in {list(launch.own_path)!r} if p not in sys.path); "
+        "from multiprocessing.spawn import spawn_main; "
+        f"spawn_main(tracker_fd={tracker_fd}, pipe_handle={pipe_fd})"
+    )
+
+
+@dataclass(frozen=True)
+class _Launch:
+    executable: str
+    flags: tuple[str, ...]
+    own_path: tuple[str, ...]
+    env: Mapping[str, str]
+    working_dir: str
+    stdout: int
+    stderr: int
+    pass_fds: tuple[int, ...]
+
+
+class WorkerProcess(SpawnProcess):
+    """A process that runs the worker host."""
+
+    launch: _Launch | None
+
+    def __init__(self, config: HostConfig, launch: _Launch) -> None:
+        super().__init__(name=f"legion-{config.worker}")
+        self.host_config = config
+        self.launch = launch
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the hook that multiprocessing's contexts override
+        return _LegionPopen(process_obj)
+
+    def run(self) -> None:
+        from legion_shm.supervisor.host import main
+
+        main(self.host_config)
+
+
+@dataclass
+class SpawnedWorker:
+    """The parent's side of a worker process. Closing the death pipe's write end kills the worker's group.
+
+    ``exit_fd`` becomes readable when the process has ended.
+    """
+
+    process: WorkerProcess
+    pid: int
+    exit_fd: int
+    stdout: int
+    stderr: int
+    death_fd: int
+    descriptors: socket.socket | None
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return self.process.exitcode
+
+    def signal_group(self, number: int) -> None:
+        """Signal the worker and whatever it started and left in its group; gone ones are ignored."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def close(self) -> None:
+        """Free everything of the parent's side; the process must have ended. Kills what it left behind."""
+        self.signal_group(signal.SIGKILL)
+        forget_after_fork(self.death_fd)
+        for fd in (self.exit_fd, self.stdout, self.stderr, self.death_fd):
+            if fd >= 0:
+                _close_once(fd)
+        if self.descriptors is not None:
+            self.descriptors.close()
+        self.process.join(timeout=1.0)
+        with contextlib.suppress(ValueError):
+            self.process.close()
+
+
+_death_fds: set[int] = set()
+_death_lock = threading.Lock()
+_fork_hook = False
+
+
+def remember_for_fork(fd: int) -> None:
+    """A forked child of ours must not keep the write end: the workers would outlive us with it."""
+    global _fork_hook
+    with _death_lock:
+        _death_fds.add(fd)
+        if not _fork_hook:
+            os.register_at_fork(after_in_child=_close_in_child)
+            _fork_hook = True
+
+
+def forget_after_fork(fd: int) -> None:
+    with _death_lock:
+        _death_fds.discard(fd)
+
+
+def _close_in_child() -> None:
+    for fd in _death_fds:
+        _close_once(fd)
+    _death_fds.clear()
+
+
+def _own_path(executable: str) -> tuple[str, ...]:
+    """Where the child finds this very package, unless it is installed where any interpreter looks."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "legion_shm" / "__init__.py").is_file() and root.name not in (
+        "site-packages",
+        "dist-packages",
+    ):
+        return (str(root),)
+    if executable == sys.executable:
+        import legion_shm
+
+        return (str(Path(legion_shm.__file__ or "").resolve().parent.parent),)
+    return ()
+
+
+def _exit_fd(process: WorkerProcess) -> int:
+    """A descriptor that becomes readable when the process ends: a pidfd, or a copy of spawn's sentinel."""
+    if hasattr(os, "pidfd_open"):
+        return os.pidfd_open(process.pid or 0)
+    return os.dup(process.sentinel)
+
+
+def spawn_worker(
+    config: HostConfig, *, executable: str | None, env: Mapping[str, str], working_dir: str | None
+) -> SpawnedWorker:
+    """Start a worker process. Raises StartupError when the process can't even be started.
+
+    ``env`` is laid over this process's environment, for the child alone.
+    """
+    executable = executable or sys.executable
+    same = executable == sys.executable
+    resources = contextlib.ExitStack()
+    childs = contextlib.ExitStack()
+    try:
+        out_r, out_w = _pipe(resources, childs)
+        err_r, err_w = _pipe(resources, childs)
+        death_r, death_w = _pipe(childs, resources)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        resources.callback(ours.close)
+        childs.callback(theirs.close)
+        remember_for_fork(death_w)
+        resources.callback(forget_after_fork, death_w)
+        os.set_blocking(out_r, False)
+        os.set_blocking(err_r, False)
+        ours.setblocking(False)
+        launch = _Launch(
+            executable=executable,
+            flags=tuple(subprocess._args_from_interpreter_flags()) if same else (),  # type: ignore[attr-defined]
+            own_path=_own_path(executable),
+            env={**os.environ, **env},
+            working_dir=working_dir or os.getcwd(),
+            stdout=out_w,
+            stderr=err_w,
+            pass_fds=(death_r, theirs.fileno()),
+        )
+        config = replace(config, death_fd=death_r, descriptor_fd=theirs.fileno())
+        process = WorkerProcess(config, launch)
+        process.start()
+        pid = process.pid or 0
+        worker = SpawnedWorker(process, pid, _exit_fd(process), out_r, err_r, death_w, ours)
+    except (OSError, AssertionError, ValueError, subprocess.SubprocessError) as error:
+        resources.close()
+        raise StartupError(
+            f"worker {config.worker}: the process could not be started with {executable}: {error}",
+            worker_id=config.worker,
+        ) from error
+    except BaseException:
+        resources.close()
+        raise
+    finally:
+        childs.close()
+    resources.pop_all()
+    return worker

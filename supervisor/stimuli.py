@@ -1,0 +1,200 @@
+"""What goes into the state machine and what comes out: frozen classes named for facts and orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Union
+
+from legion_shm.errors import LegionError, StartupError
+from legion_shm.events import TerminalState
+
+__all__ = [
+    "Action",
+    "AskStop",
+    "CancelRequested",
+    "CloseRequested",
+    "HeartbeatSeen",
+    "Interrupt",
+    "JobReplied",
+    "JobSubmitted",
+    "PoolDefined",
+    "ResolveJob",
+    "RetryNoted",
+    "SendJob",
+    "SignalWorker",
+    "SpawnWorker",
+    "Stalled",
+    "StartFailed",
+    "Stimulus",
+    "StopRequested",
+    "Tick",
+    "WarmUpRequested",
+    "WorkerExited",
+    "WorkerReady",
+]
+
+
+# --- in -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PoolDefined:
+    """A spec seen for the first time."""
+
+    pool: str
+    max_workers: int
+    startup_timeout_s: float
+    idle_timeout_s: float | None
+    max_jobs_per_life: int | None
+
+
+@dataclass(frozen=True)
+class JobSubmitted:
+    job: str
+    pool: str
+    deadline_s: float | None
+    """Absolute, monotonic."""
+    retries: int
+
+
+@dataclass(frozen=True)
+class CancelRequested:
+    job: str
+
+
+@dataclass(frozen=True)
+class WarmUpRequested:
+    pool: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class StopRequested:
+    """Stop idle workers now and busy ones after their job; None means of every pool."""
+
+    pool: str | None
+
+
+@dataclass(frozen=True)
+class CloseRequested:
+    pass
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    worker: str
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    """The worker said why it can't start, or could not even be spawned; its exit follows."""
+
+    worker: str
+    error: StartupError
+
+
+@dataclass(frozen=True)
+class HeartbeatSeen:
+    worker: str
+
+
+@dataclass(frozen=True)
+class JobReplied:
+    """The worker ended a job by itself: ``error`` is None when it is done."""
+
+    worker: str
+    job: str
+    attempt: int
+    outcome: TerminalState
+    error: LegionError | None
+
+
+@dataclass(frozen=True)
+class WorkerExited:
+    """The process is gone. ``cause`` says how, in words; ``exit_code`` as in subprocess."""
+
+    worker: str
+    exit_code: int | None
+    cause: str
+    log_tail: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """The supervisor itself did not run for a while, so silence proves nothing."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed; every message that had arrived by now has been handled."""
+
+
+Stimulus = Union[
+    PoolDefined,
+    JobSubmitted,
+    CancelRequested,
+    WarmUpRequested,
+    StopRequested,
+    CloseRequested,
+    WorkerReady,
+    StartFailed,
+    HeartbeatSeen,
+    JobReplied,
+    WorkerExited,
+    Stalled,
+    Tick,
+]
+
+
+# --- out ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpawnWorker:
+    worker: str
+    pool: str
+
+
+@dataclass(frozen=True)
+class SendJob:
+    worker: str
+    job: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Interrupt:
+    worker: str
+    job: str
+
+
+@dataclass(frozen=True)
+class AskStop:
+    worker: str
+
+
+@dataclass(frozen=True)
+class SignalWorker:
+    """To the worker's whole process group."""
+
+    worker: str
+    signal: Literal["SIGTERM", "SIGKILL"]
+
+
+@dataclass(frozen=True)
+class ResolveJob:
+    """The job has ended, for good. Comes once for every accepted job."""
+
+    job: str
+    state: TerminalState
+    error: LegionError | None
+
+
+@dataclass(frozen=True)
+class RetryNoted:
+    job: str
+    attempt: int
+    reason: str
+
+
+Action = Union[SpawnWorker, SendJob, Interrupt, AskStop, SignalWorker, ResolveJob, RetryNoted]

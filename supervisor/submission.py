@@ -1,0 +1,30 @@
+"""An accepted job as the supervisor keeps it until it has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from legion_shm.config import JobOptions
+from legion_shm.supervisor.feed import JobFeed
+from legion_shm.supervisor.result import Delivery
+from legion_shm.transport.values import PackedValues
+
+__all__ = ["Submission"]
+
+
+@dataclass
+class Submission:
+    """All that is needed to send a job, as often as it takes. Times are monotonic seconds."""
+
+    job: str
+    feed: JobFeed
+    options: JobOptions
+    pool: str
+    workflow: bytes
+    digest: bytes
+    packed: PackedValues
+    submitted_s: float
+    encoded_s: float
+    warnings: tuple[str, ...] = ()
+    sent_s: float = 0.0
+    delivery: Delivery | None = None

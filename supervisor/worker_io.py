@@ -1,0 +1,133 @@
+"""One worker as the loop sees it: its process, its sockets' names, its output, what it holds.
+
+Owns the reading of a worker's output lines and the words for how it ended. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from legion_shm.config import WorkerSpec
+from legion_shm.ids import new_arena_id, new_token
+from legion_shm.supervisor.spawn import SpawnedWorker
+from legion_shm.transport.channel import Endpoint
+
+__all__ = ["LineReader", "WorkerIO", "describe_exit"]
+
+Stream = Literal["stdout", "stderr"]
+
+_READ_BYTES = 65536
+_LINE_BYTES = 8192
+_LINES_A_TURN = 1000
+
+
+class LineReader:
+    """Lines from a non-blocking descriptor. A carriage return ends a line too, as progress bars use it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.ended = False
+        self._partial = b""
+
+    def read(self) -> list[str]:
+        """The whole lines that have come, bounded per call; an overlong one is broken up."""
+        lines: list[bytes] = []
+        while not self.ended and len(lines) < _LINES_A_TURN:
+            try:
+                data = os.read(self.fd, _READ_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if not data:
+                self.ended = True
+                lines.append(self._partial)
+                self._partial = b""
+                break
+            *whole, self._partial = (self._partial + data).replace(b"\r", b"\n").split(b"\n")
+            lines.extend(whole)
+            while len(self._partial) > _LINE_BYTES:
+                lines.append(self._partial[:_LINE_BYTES])
+                self._partial = self._partial[_LINE_BYTES:]
+        return [line[:_LINE_BYTES].decode("utf-8", "replace") for line in lines if line.strip()]
+
+
+@dataclass
+class WorkerIO:
+    """A worker from the order to spawn it until its last byte of output has been read."""
+
+    id: str
+    spec: WorkerSpec
+    log_lines: int
+    token: str = field(default_factory=new_token)
+    arena: int = field(default_factory=new_arena_id)
+    endpoint: Endpoint | None = None
+    spawned: SpawnedWorker | None = None
+    readers: dict[int, tuple[Stream, LineReader]] = field(
+        default_factory=dict[int, tuple[Stream, LineReader]]
+    )
+    tail: deque[str] = field(default_factory=deque[str])
+    segments: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
+    greeted: set[str] = field(default_factory=set[str])
+    engine: str = ""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    rss_bytes: int = 0
+    ready: bool = False
+    kill_wanted: bool = False
+    gone_at_s: float | None = None
+    violation: str = ""
+
+    def __post_init__(self) -> None:
+        self.tail = deque(maxlen=self.log_lines)
+
+    @property
+    def job_identity(self) -> bytes:
+        return f"{self.id}.job.{self.token}".encode()
+
+    @property
+    def control_identity(self) -> bytes:
+        return f"{self.id}.control.{self.token}".encode()
+
+    @property
+    def identities(self) -> tuple[bytes, bytes]:
+        return self.job_identity, self.control_identity
+
+    def adopt(self, spawned: SpawnedWorker) -> None:
+        self.spawned = spawned
+        self.readers = {
+            spawned.stdout: ("stdout", LineReader(spawned.stdout)),
+            spawned.stderr: ("stderr", LineReader(spawned.stderr)),
+        }
+
+    def signal(self, name: Literal["SIGTERM", "SIGKILL"]) -> None:
+        if self.spawned is None:
+            self.kill_wanted = True  # as soon as it is there
+        else:
+            self.spawned.signal_group(getattr(signal, name))
+
+    def read_lines(self) -> list[tuple[Stream, str]]:
+        """What it wrote since the last call, into the tail as well."""
+        lines: list[tuple[Stream, str]] = []
+        for stream, reader in self.readers.values():
+            for line in reader.read():
+                self.tail.append(line)
+                lines.append((stream, line))
+        return lines
+
+
+def describe_exit(exit_code: int | None) -> str:
+    """How a process ended, in words that follow 'worker w1'."""
+    if exit_code is None:
+        return "ended; how is not known"
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    name = f"signal {-exit_code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-exit_code).name
+    hint = " (if nobody sent it: the system was out of memory)" if exit_code == -signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"

@@ -1,0 +1,238 @@
+"""A worker's memory: its own arena, what it views of others', and the questions it asks about both.
+
+Owns the worker's half of the memory protocol: asking for segments, taking descriptors, giving leases
+back, holding on to results until their leases are taken. The main thread alone calls it, but for
+`drain_released` and `arena_bytes`, which the control thread calls too.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from legion_shm.clock import monotonic_s
+from legion_shm.errors import ArenaFull, ProtocolError
+from legion_shm.supervisor.spawn import HostConfig
+from legion_shm.transport.arena import Arena, Block
+from legion_shm.transport.attachments import Attachments
+from legion_shm.transport.fdpass import SegmentReceiver
+from legion_shm.transport.handles import BlockHandle
+from legion_shm.transport.messages import (
+    BlocksFreed,
+    Message,
+    ResultAccepted,
+    SegmentAnnounced,
+    SegmentGranted,
+    SegmentRefused,
+    SegmentRequest,
+    SegmentRetired,
+    SegmentsDropped,
+    Values,
+)
+from legion_shm.transport.segment import Segment, attach_segment
+from legion_shm.transport.values import PackedValues, discard, pack, unpack
+
+__all__ = ["WorkerMemory"]
+
+_GRANT_WAIT_S = 30.0  # the supervisor's own work on a segment: 0.4 s for 1 GiB
+_DESCRIPTOR_WAIT_S = 10.0
+
+
+class WorkerMemory:
+    """The BlockStore of a worker."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        send: Callable[[Message], None],
+        receive: Callable[[float | None], Message | None],
+    ) -> None:
+        self.inline_max_bytes = config.inline_max_bytes
+        self._config, self._send, self._receive = config, send, receive
+        self._kind = config.segments
+        self._descriptors: SegmentReceiver | None = None
+        self._socket: socket.socket | None = None
+        if config.descriptor_fd >= 0:
+            self._socket = socket.socket(fileno=config.descriptor_fd)
+            self._socket.setblocking(False)
+            self._descriptors = SegmentReceiver(self._socket)
+        self._attachments = Attachments(on_missing=self._await_segment, missing_wait_s=_DESCRIPTOR_WAIT_S)
+        self._arena = Arena(
+            arena_id=config.arena,
+            grow=self._grow,
+            quota_bytes=config.arena_quota_bytes,
+            wait=self._wait_for_room,
+            full_wait_s=config.arena_wait_s,
+            shrink=self._shrunk,
+        )
+        self._own: dict[int, Segment] = {}
+        self._answers: deque[SegmentGranted | SegmentRefused] = deque()
+        self._returned: deque[BlockHandle] = deque()
+        self._kept: dict[str, PackedValues] = {}
+        self._idle_since_s: float | None = None
+
+    # --- the BlockStore that the codec sees ---------------------------------------------------------
+
+    def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
+        return self._attachments.find(address, nbytes)
+
+    def reserve(self, nbytes: int) -> Block:
+        self._idle_since_s = None
+        return self._arena.reserve(nbytes)
+
+    def discard(self, handle: BlockHandle) -> None:
+        self._arena.free(handle)
+
+    def view(self, handle: BlockHandle) -> Any:
+        return self._attachments.view(handle)
+
+    # --- values -------------------------------------------------------------------------------------
+
+    def decode_inputs(
+        self, values: Values, *, allow_cpu: bool
+    ) -> tuple[dict[str, object], dict[str, bytes | None]]:
+        """Inputs by name, as views, and what a cache may know each by."""
+        inputs = unpack(values, self, give_back=self._returned.append, allow_cpu=allow_cpu)
+        return inputs, {name: identity for name, _, _, _, identity, _ in values}
+
+    def encode_outputs(
+        self, job: str, outputs: Mapping[str, object], ui: Mapping[str, Mapping[str, object]]
+    ) -> Values:
+        """All outputs, then the nodes' reports as a last value named ``ui``; kept until accepted."""
+        packed = pack(outputs, self)
+        try:
+            report = pack({"ui": {node: dict(entry) for node, entry in ui.items()}}, self)
+        except BaseException:
+            discard(packed.values, self)
+            raise
+        values = packed.values + report.values
+        self._kept[job] = PackedValues(values, packed.stats, packed.keepalive + report.keepalive)
+        return values
+
+    def discard_result(self, job: str) -> None:
+        """The result could not be sent; its blocks are free again."""
+        kept = self._kept.pop(job, None)
+        if kept is not None:
+            discard(kept.values, self)
+
+    # --- the protocol ---------------------------------------------------------------------------------
+
+    def take(self, message: Message) -> None:
+        """A message about memory. Raises ProtocolError for any other."""
+        if isinstance(message, BlocksFreed):
+            self.freed(message.handles)
+        elif isinstance(message, ResultAccepted):
+            self._kept.pop(message.job, None)
+        elif isinstance(message, (SegmentGranted, SegmentRefused)):
+            self._answers.append(message)
+        elif isinstance(message, SegmentAnnounced):
+            self._add(
+                message.arena, message.segment, attach_segment("portable", message.name, message.nbytes)
+            )
+        elif isinstance(message, SegmentsDropped):
+            for segment_id in message.segments:
+                self._attachments.drop(message.arena, segment_id)
+        else:
+            raise ProtocolError(f"{type(message).__name__} does not belong on a worker's job socket")
+
+    def freed(self, handles: tuple[BlockHandle, ...]) -> None:
+        for handle in handles:
+            self._arena.free(handle)
+        if handles and not self._arena.stats().blocks:
+            self._idle_since_s = monotonic_s()
+
+    def drain_released(self) -> tuple[BlockHandle, ...]:
+        released = self._attachments.drain_released()
+        while self._returned:
+            try:
+                released.append(self._returned.popleft())
+            except IndexError:  # the other thread was faster
+                break
+        return tuple(released)
+
+    def live_views(self) -> int:
+        return self._attachments.live_views()
+
+    def arena_bytes(self) -> int:
+        return self._arena.stats().total_bytes
+
+    # --- segments -------------------------------------------------------------------------------------
+
+    def _add(self, arena: int, segment_id: int, segment: Segment) -> None:
+        self._attachments.add(arena, segment_id, segment)
+        if arena == self._config.arena:
+            self._own[segment_id] = segment
+
+    def _take_descriptors(self) -> None:
+        if self._descriptors is None:
+            return
+        for arena, segment_id, nbytes, fd in self._descriptors.receive_pending():
+            self._add(arena, segment_id, attach_segment("memfd", fd, nbytes))
+
+    def _await_segment(self, handle: BlockHandle, deadline_s: float) -> None:
+        self._await_descriptor(handle.arena, handle.segment, deadline_s)
+
+    def _await_descriptor(self, arena: int, segment_id: int, deadline_s: float) -> bool:
+        """Descriptors and messages are not ordered to each other: give this one a bounded time to come."""
+        while True:
+            self._take_descriptors()
+            if self._attachments.knows(arena, segment_id):
+                return True
+            remaining = deadline_s - monotonic_s()
+            if remaining <= 0 or self._socket is None:
+                return False
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.poll(remaining * 1000)
+
+    def _grow(self, nbytes: int) -> tuple[int, Segment]:
+        self._send(SegmentRequest(nbytes))
+        deadline_s = monotonic_s() + _GRANT_WAIT_S
+        while not self._answers:
+            remaining = deadline_s - monotonic_s()
+            if remaining <= 0:
+                raise ArenaFull(
+                    f"the supervisor did not grant a segment of {nbytes} bytes in {_GRANT_WAIT_S:g} s"
+                )
+            self._receive(remaining)
+        answer = self._answers.popleft()
+        if isinstance(answer, SegmentRefused):
+            raise ArenaFull(answer.reason)
+        if answer.arena != self._config.arena:
+            raise ProtocolError("the supervisor granted a segment of another arena")
+        if answer.name:
+            self._add(answer.arena, answer.segment, attach_segment("portable", answer.name, answer.nbytes))
+        elif not self._await_descriptor(answer.arena, answer.segment, deadline_s):
+            raise ArenaFull(
+                f"the descriptor of segment {answer.segment} did not arrive in {_GRANT_WAIT_S:g} s"
+            )
+        return answer.segment, self._own[answer.segment]
+
+    def _wait_for_room(self, timeout_s: float) -> bool:
+        return self._receive(timeout_s) is not None
+
+    def _shrunk(self, segment_id: int) -> None:
+        self._own.pop(segment_id, None)
+        self._attachments.drop(self._config.arena, segment_id)
+        self._send(SegmentRetired((segment_id,)))
+
+    def trim_in_s(self) -> float | None:
+        """Seconds until an unused arena is given back; None when there is nothing to wait for."""
+        if self._idle_since_s is None:
+            return None
+        return max(0.0, self._idle_since_s + self._config.idle_trim_s - monotonic_s())
+
+    def trim(self) -> tuple[int, ...]:
+        """Give wholly free segments back to the system, if the arena was unused for long enough."""
+        wait_s = self.trim_in_s()
+        if wait_s is None or wait_s > 0:
+            return ()
+        self._idle_since_s = None
+        retired = tuple(self._arena.trim())
+        for segment_id in retired:
+            self._own.pop(segment_id, None)
+            self._attachments.drop(self._config.arena, segment_id)
+        return retired

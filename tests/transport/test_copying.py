@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from legion_shm.transport import copying
+from legion_shm.transport.copying import SPLIT_MIN_BYTES, copy_memory
+
+
+def buffers(nbytes: int) -> tuple[ctypes.Array[ctypes.c_ubyte], bytes]:
+    content = (os.urandom(4096) * (nbytes // 4096 + 1))[:nbytes]
+    return (ctypes.c_ubyte * (nbytes + 64))(), content
+
+
+def copied(nbytes: int, shift: int = 0) -> bool:
+    target, content = buffers(nbytes)
+    source = ctypes.create_string_buffer(content, nbytes)
+    copy_memory(ctypes.addressof(target) + shift, ctypes.addressof(source), nbytes)
+    return bytes(target) == bytes(shift) + content + bytes(64 - shift)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 63])
+@pytest.mark.parametrize(
+    "nbytes", [0, 1, 4097, SPLIT_MIN_BYTES - 1, SPLIT_MIN_BYTES, 5 * SPLIT_MIN_BYTES + 7]
+)
+def test_every_byte_arrives_and_none_beside(nbytes: int, shift: int) -> None:
+    assert copied(nbytes, shift)
+
+
+def test_a_large_copy_is_shared_with_the_helper_and_a_small_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares: list[int] = []
+    real = copying._Helper.start
+
+    def start(self: copying._Helper, dst: int, src: int, nbytes: int) -> Future[object] | None:
+        assert dst % 4096 == 0
+        shares.append(nbytes)
+        return real(self, dst, src, nbytes)
+
+    monkeypatch.setattr(copying._Helper, "start", start)
+    assert copied(SPLIT_MIN_BYTES - 1)
+    assert shares == []
+    assert copied(4 * SPLIT_MIN_BYTES)
+    assert len(shares) == 1
+    assert abs(shares[0] - 2 * SPLIT_MIN_BYTES) <= 4096
+
+
+def test_without_a_helper_the_caller_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = copying._Helper()
+    alone._cpus = 1
+    monkeypatch.setattr(copying, "_helper", alone)
+    assert copied(4 * SPLIT_MIN_BYTES)
+    assert alone._pool is None
+
+    ended = copying._Helper()
+    ended._cpus = 2
+    ended._pool = ThreadPoolExecutor(1)
+    ended._pool.shutdown()
+    monkeypatch.setattr(copying, "_helper", ended)
+    assert copied(4 * SPLIT_MIN_BYTES)
+    assert copied(4 * SPLIT_MIN_BYTES)
+
+
+def test_many_threads_copy_at_once() -> None:
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(copied, [2 * SPLIT_MIN_BYTES + n for n in range(24)]))
+
+
+def test_an_interrupt_waits_for_the_helpers_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = copying._Helper()
+    helper._cpus = 2
+    monkeypatch.setattr(copying, "_helper", helper)
+    copying_: Future[object] = Future()
+    helper._free.acquire()
+    interrupts = iter([KeyboardInterrupt(), None])
+
+    def exception(timeout: float | None = None) -> BaseException | None:
+        interrupt = next(interrupts)
+        if interrupt is not None:
+            raise interrupt
+        copying_.set_result(None)
+        return None
+
+    monkeypatch.setattr(copying_, "exception", exception)
+    with pytest.raises(KeyboardInterrupt):
+        helper.finish(copying_)
+    assert copying_.done()
+    assert not helper._free.locked()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_copies_with_a_helper_of_its_own() -> None:
+    assert copied(2 * SPLIT_MIN_BYTES)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if copied(2 * SPLIT_MIN_BYTES) else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,1 @@
+"""How values cross between processes: shared memory, the value codec, messages and the channel."""

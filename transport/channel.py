@@ -1,0 +1,239 @@
+"""The ZeroMQ channel: a ROUTER in the supervisor, DEALERs in the workers. The one place that imports zmq.
+
+Moves opaque frames between identities; messages.py gives them meaning. An identity is an unguessable
+name that the supervisor gave to one socket of one worker; frames of any other are dropped and counted.
+
+Two kinds with one behaviour: ``ipc`` sockets in the runtime directory, where the kernel's peer
+credentials keep other users out, and loopback ``tcp`` with CURVE, where the worker's key does.
+Sockets are used by one thread each, the one that runs the loop around them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import zmq
+import zmq.auth
+from zmq.auth.base import Authenticator
+
+from legion_shm.errors import ProtocolError
+
+__all__ = ["ChannelKind", "ClientChannel", "Endpoint", "ServerChannel", "channel_kinds"]
+
+ChannelKind = Literal["ipc", "tcp"]
+
+_HIGH_WATER = 10_000  # frames; a peer that lets this many wait is not reading any more
+_SEND_TIMEOUT_MS = 30_000
+_LINGER_MS = 1_000  # a worker's last words may take this long to leave
+_MAX_SLACK = 4096  # ours is the exact limit; ZeroMQ's own, which drops silently, stands behind it
+
+
+def channel_kinds() -> dict[str, str]:
+    """Channel kinds to the reason why one can't be used here, empty where it can."""
+    return {
+        "ipc": "" if zmq.has("ipc") and sys.platform != "win32" else "ZeroMQ has no ipc transport here",
+        "tcp": "" if zmq.has("curve") else "ZeroMQ was built without CURVE",
+    }
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What a worker needs to connect. The keys are empty for ipc. Never logged: it holds a secret."""
+
+    address: str
+    server_key: bytes = b""
+    client_key: bytes = b""
+    client_secret: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.address!r})"
+
+
+class _KnownKeys:
+    """The CURVE keys that may connect: the protocol of pyzmq's credentials providers."""
+
+    def __init__(self) -> None:
+        self.keys: set[bytes] = set()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        del domain
+        return key in self.keys
+
+
+class ServerChannel:
+    """The supervisor's end. ``dropped`` counts frames of unknown identities and ill-formed ones."""
+
+    def __init__(self, kind: ChannelKind, *, directory: Path, max_bytes: int) -> None:
+        self.kind = kind
+        self.dropped = 0
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._auth: Authenticator | None = None
+        self._known = _KnownKeys()
+        self._identities: set[bytes] = set()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._poller = zmq.Poller()
+        try:
+            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + _MAX_SLACK)
+            self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
+            self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            if kind == "ipc":
+                self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+                self._address = f"ipc://{directory / 'control'}"
+                self._server_key = b""
+                self._socket.bind(self._address)
+            else:
+                self._server_key = self._start_curve()
+                port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+                self._address = f"tcp://127.0.0.1:{port}"
+        except BaseException:
+            self.close()
+            raise
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def _start_curve(self) -> bytes:
+        self._auth = Authenticator(self._context)
+        self._auth.start()
+        self._auth.configure_curve_callback(domain="*", credentials_provider=self._known)
+        public, secret = zmq.curve_keypair()
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        zap = cast("zmq.Socket[bytes]", self._auth.zap_socket)
+        self._poller.register(zap, zmq.POLLIN)
+        return public
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def admit(self, identities: Iterable[bytes]) -> Endpoint:
+        """Let a worker's sockets of these identities connect; the endpoint is for that worker alone."""
+        self._identities.update(identities)
+        if self.kind == "ipc":
+            return Endpoint(self._address)
+        public, secret = zmq.curve_keypair()
+        self._known.keys.add(public)
+        return Endpoint(self._address, self._server_key, public, secret)
+
+    def dismiss(self, identities: Iterable[bytes], endpoint: Endpoint) -> None:
+        """Drop whatever comes from these from now on."""
+        self._identities.difference_update(identities)
+        self._known.keys.discard(endpoint.client_key)
+
+    def watch(self, fd: int) -> None:
+        """Let `wait` report this descriptor when it becomes readable."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        self._poller.unregister(fd)
+
+    def wait(self, timeout_s: float) -> tuple[bool, list[int]]:
+        """Wait for frames or watched descriptors: (frames may be there, readable descriptors)."""
+        ready = self._poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
+        frames, fds = False, list[int]()
+        for item, _ in cast("list[tuple[Any, int]]", ready):
+            if isinstance(item, int):
+                fds.append(item)
+            elif item is self._socket:
+                frames = True
+            else:
+                self._authenticate()
+        return frames, fds
+
+    def _authenticate(self) -> None:
+        auth = self._auth
+        if auth is None or auth.zap_socket is None:
+            return
+        while auth.zap_socket.poll(0):
+            message = cast("list[bytes]", auth.zap_socket.recv_multipart())
+            # A coroutine that awaits nothing: the callback above answers at once.
+            step = cast("Any", auth.handle_zap_message(message))
+            try:
+                step.send(None)
+            except StopIteration:
+                continue
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        """The next (identity, frame) of a known identity, or None when none waits. Never blocks."""
+        while True:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            if len(parts) == 2 and parts[0] in self._identities:
+                return parts[0], parts[1]
+            self.dropped += 1
+
+    def send(self, identity: bytes, frame: bytes) -> bool:
+        """Send without blocking. False when the peer is gone or has stopped reading."""
+        try:
+            self._socket.send_multipart((identity, frame), zmq.NOBLOCK, copy=len(frame) < 65536)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        if self._auth is not None:
+            self._auth.stop()
+            self._auth = None
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+class ClientChannel:
+    """One socket of a worker. Contexts are shared within a process."""
+
+    def __init__(self, endpoint: Endpoint, identity: bytes, *, max_bytes: int) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + _MAX_SLACK)
+        self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
+        self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+        self._socket.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        if endpoint.server_key:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, endpoint.server_key)
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, endpoint.client_key)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, endpoint.client_secret)
+        self._socket.connect(endpoint.address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def watch(self, fd: int) -> None:
+        """Let `receive` return early when this descriptor becomes readable."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def send(self, frame: bytes) -> None:
+        """Send, waiting a bounded time for room. Raises ProtocolError when the supervisor stopped reading."""
+        try:
+            self._socket.send(frame, copy=len(frame) < 65536)
+        except zmq.Again:
+            raise ProtocolError("the supervisor has stopped reading this worker's messages") from None
+
+    def receive(self, timeout_s: float | None) -> bytes | None:
+        """The next frame; None after the timeout, or when a watched descriptor became readable."""
+        try:
+            return self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000 + 0.999)))
+        try:
+            return self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        self._socket.close()
+
+    @staticmethod
+    def terminate() -> None:
+        """End this process's context, once all its sockets are closed and their last frames are gone."""
+        zmq.Context.instance().term()

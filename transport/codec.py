@@ -1,0 +1,150 @@
+"""The value codec: any value that nodes exchange, as a MessagePack tree over blocks of shared memory.
+
+    encode:  value ─ Planner ─▶ tokens + regions ─ cluster ─▶ groups ─ write_groups ─▶ tree + blocks
+    decode:  tree + blocks ─ unpack_tree ─▶ tokens ─ Reader ─▶ value
+
+Lossless: classes are kept exactly, tensors and arrays keep dtype, shape, strides and what they share;
+what can't travel raises `UnsupportedValue` with its path, before anything is reserved. Decoding is
+strict and bounded. The codec owns no memory: blocks come from a `BlockStore` and leases are its
+caller's. It never pickles, and imports torch and numpy only for values that hold something of theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from legion_shm.errors import ProtocolError, UnsupportedValue
+from legion_shm.transport.codec_blocks import discard_all, write_groups
+from legion_shm.transport.codec_layout import cluster
+from legion_shm.transport.codec_plan import Planner
+from legion_shm.transport.codec_read import Reader
+from legion_shm.transport.codec_types import (
+    BlockStore,
+    DecodeLimits,
+    DevicePolicy,
+    DeviceResolver,
+    EncodedValue,
+    ReservedBlock,
+    TransferStats,
+    ValueType,
+    ValueTypes,
+)
+from legion_shm.transport.codec_wire import DEPTH_CEILING, Refusal, pack_tree, unpack_tree
+from legion_shm.transport.handles import BlockHandle
+
+__all__ = [
+    "VALUE_TYPES",
+    "BlockStore",
+    "DecodeLimits",
+    "DevicePolicy",
+    "DeviceResolver",
+    "EncodedValue",
+    "ReservedBlock",
+    "TransferStats",
+    "ValueType",
+    "ValueTypes",
+    "decode",
+    "encode",
+    "value_identity",
+]
+
+VALUE_TYPES = ValueTypes()
+"""The classes registered in this process; what `encode` and `decode` use unless told otherwise."""
+
+_LIMITS = DecodeLimits()
+_DEVICES = DevicePolicy()
+_HANDLE = struct.Struct("<QIQQQ")
+
+
+def encode(
+    value: object,
+    store: BlockStore,
+    *,
+    path: str = "value",
+    max_depth: int = 64,
+    limits: DecodeLimits = _LIMITS,
+    devices: DevicePolicy = _DEVICES,
+    types: ValueTypes = VALUE_TYPES,
+) -> EncodedValue:
+    """Encode a value; its private bytes are copied once, those in blocks already not at all.
+
+    Raises `UnsupportedValue` with a path that starts with ``path``, before any block is reserved, and
+    what ``store.reserve`` raises (`ArenaFull`), after all that was reserved has been discarded.
+    """
+    planner = Planner(
+        inline_max_bytes=store.inline_max_bytes,
+        max_depth=min(max_depth, limits.max_depth, DEPTH_CEILING),
+        limits=limits,
+        devices=devices,
+        types=types,
+    )
+    try:
+        planner.node(value, 0)
+        planner.finish()
+    except Refusal as refusal:
+        where = refusal.path(path)
+        raise UnsupportedValue(f"{where}: {refusal.reason}", path=where) from refusal.__cause__
+    except RecursionError as error:
+        raise UnsupportedValue(f"{path}: nested too deep for this thread's stack", path=path) from error
+    groups = cluster(planner.regions) if planner.regions else []
+    written = write_groups(groups, store, max_inline_bytes=limits.max_inline_bytes)
+    try:
+        tree = pack_tree(written.buffers, planner.tokens)
+    except BaseException:
+        discard_all(written, store)
+        raise
+    return EncodedValue(
+        tree=tree,
+        blocks=tuple(written.blocks),
+        owned=tuple(written.owned),
+        stats=written.stats(planner.tensors),
+        keepalive=tuple(written.referenced),
+    )
+
+
+def decode(
+    tree: bytes,
+    blocks: Sequence[BlockHandle],
+    store: BlockStore,
+    *,
+    path: str = "value",
+    limits: DecodeLimits = _LIMITS,
+    devices: DevicePolicy = _DEVICES,
+    types: ValueTypes = VALUE_TYPES,
+) -> object:
+    """The value that `encode` encoded. Its tensors and arrays are writable views of the blocks.
+
+    Each block is viewed exactly once, first of all, so that its lease ends whatever the tree holds.
+    Raises `ProtocolError` (`InvalidHandle`, `StaleHandle`) for anything that `encode` doesn't write,
+    and `UnsupportedValue` for a tensor of a device that this process hasn't, unless ``devices`` allows
+    the CPU.
+    """
+    if len(blocks) > limits.max_tensors or len(set(blocks)) != len(blocks):
+        raise ProtocolError(f"a value over {len(blocks)} blocks: too many, or one of them twice")
+    views = [store.view(handle) for handle in blocks]
+    tokens = unpack_tree(tree, max_tokens=limits.max_items + limits.max_tensors + 2)
+    try:
+        return Reader(tokens, blocks, views, limits=limits, devices=devices, types=types).read()
+    except Refusal as refusal:
+        where = refusal.path(path)
+        raise UnsupportedValue(f"{where}: {refusal.reason}", path=where) from None
+    except RecursionError as error:
+        raise ProtocolError("a value nested too deep for this thread's stack") from error
+
+
+def value_identity(tree: bytes, blocks: Sequence[BlockHandle], owned: Sequence[bool]) -> bytes | None:
+    """A digest that is equal for equal values, for caches to key on; None when no other can ever equal it.
+
+    Inline content counts by its bytes, blocks by their handles: a handle's generation is never used
+    again, so equal handles mean equal bytes. A block that was copied for this value is new each time.
+    """
+    if any(owned):
+        return None
+    digest = hashlib.blake2b(tree, digest_size=32)
+    for handle in blocks:
+        digest.update(
+            _HANDLE.pack(handle.arena, handle.segment, handle.offset, handle.nbytes, handle.generation)
+        )
+    return digest.digest()

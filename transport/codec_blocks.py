@@ -1,0 +1,140 @@
+"""Where the bytes of a value's groups go: into the tree, to a block that has them already, or a new block.
+
+    groups ── write_groups() ──▶ buffers of the tree, blocks, statistics
+
+Owns the one copy that a private byte costs. On any failure it discards what it reserved. It never
+walks a value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass, field
+
+from legion_shm.errors import LegionError
+from legion_shm.transport.codec_layout import Group, Region
+from legion_shm.transport.codec_types import BlockStore, TransferStats
+from legion_shm.transport.codec_wire import Token
+from legion_shm.transport.handles import BlockHandle
+
+__all__ = ["Written", "discard_all", "write_groups"]
+
+_BLOCK_ALIGN = 64  # a cache line: what torch aligns its own memory to
+_INLINE_ALIGN = 16  # what malloc gives the decoder's bytearray
+
+
+@dataclass(slots=True)
+class Written:
+    """The outcome: ``buffers`` as the tree has them, ``blocks`` that they refer to by index."""
+
+    buffers: list[bytes | bytearray | Token] = field(default_factory=list["bytes | bytearray | Token"])
+    blocks: list[BlockHandle] = field(default_factory=list[BlockHandle])
+    owned: list[bool] = field(default_factory=list[bool])
+    referenced: list[object] = field(default_factory=list[object])
+    inline_bytes: int = 0
+    copied_bytes: int = 0
+    copies: int = 0
+    referenced_bytes: int = 0
+
+    def stats(self, tensors: int) -> TransferStats:
+        return TransferStats(
+            tensors=tensors,
+            payload_bytes=self.inline_bytes + self.copied_bytes + self.referenced_bytes,
+            inline_bytes=self.inline_bytes,
+            copied_bytes=self.copied_bytes,
+            copies=self.copies,
+            referenced_bytes=self.referenced_bytes,
+        )
+
+
+def discard_all(written: Written, store: BlockStore) -> None:
+    """Give back every block that was reserved; one that can't be does not keep the others."""
+    for handle, owned in zip(written.blocks, written.owned, strict=True):
+        if owned:
+            with contextlib.suppress(LegionError):
+                store.discard(handle)
+
+
+def write_groups(groups: list[Group], store: BlockStore, *, max_inline_bytes: int) -> Written:
+    """Give each group its bytes and each region its place. Raises what the store raises (`ArenaFull`)."""
+    written = Written()
+    known: dict[BlockHandle, int] = {}
+    inline_max = store.inline_max_bytes
+    try:
+        for group in groups:
+            first = group.members[0]
+            shared = len(group.members) > 1
+            if group.packed:
+                nbytes = first.dense_nbytes
+                pad_block = pad_inline = 0
+            else:
+                # Several regions may be aligned among each other in ways that their lowest is not.
+                pad_block = group.low % _BLOCK_ALIGN if shared else 0
+                pad_inline = group.low % _INLINE_ALIGN if shared else 0
+                nbytes = group.high - group.low
+            if nbytes + pad_inline <= min(inline_max, max_inline_bytes - written.inline_bytes):
+                _place(group, len(written.buffers), pad_inline)
+                written.buffers.append(_inline_bytes(group, nbytes, pad_inline))
+                written.inline_bytes += nbytes + pad_inline
+                continue
+            span = group.high - group.low
+            searchable = not first.isolated and first.space is None
+            found = store.find(group.low, span) if searchable else None
+            if found is not None:
+                handle, offset = found
+                block = known.get(handle)
+                if block is None:
+                    block = known[handle] = len(written.blocks)
+                    written.blocks.append(handle)
+                    written.owned.append(False)
+                written.referenced.extend(region.source for region in group.members)
+                written.referenced_bytes += span
+                group.packed = False
+                _place(group, len(written.buffers), 0)
+                written.buffers.append([block, offset, span])
+                continue
+            reserved = store.reserve(pad_block + nbytes)
+            written.blocks.append(reserved.handle)
+            written.owned.append(True)
+            _fill(group, first, reserved.address + pad_block, nbytes)
+            written.copied_bytes += nbytes
+            written.copies += 1
+            _place(group, len(written.buffers), pad_block)
+            written.buffers.append([len(written.blocks) - 1, 0, pad_block + nbytes])
+    except BaseException:
+        discard_all(written, store)
+        raise
+    return written
+
+
+def _place(group: Group, buffer: int, pad: int) -> None:
+    shared = len(group.members) > 1
+    for region in group.members:
+        if group.packed:
+            region.place_packed(buffer)
+        else:
+            region.place(buffer, pad + region.address - group.low)
+        if shared:
+            region.mark_shared()
+
+
+def _fill(group: Group, first: Region, address: int, nbytes: int) -> None:
+    if group.packed:
+        first.pack_into(address, nbytes, first.packed_strides())
+    else:
+        first.copy_span(address, group.low, nbytes)
+
+
+def _inline_bytes(group: Group, nbytes: int, pad: int) -> bytes | bytearray:
+    first = group.members[0]
+    if not (group.packed or pad or first.has_gaps) and first.space is None:
+        return ctypes.string_at(group.low, nbytes)
+    payload = bytearray(pad + nbytes)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(payload)) + pad
+    if not group.packed and len(group.members) == 1 and first.has_gaps:
+        # What lies in the gaps is nobody's, and would make equal values differ.
+        first.pack_into(address, nbytes, first.token_strides())
+    else:
+        _fill(group, first, address, nbytes)
+    return payload

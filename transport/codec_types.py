@@ -1,0 +1,180 @@
+"""What the value codec asks of its surroundings, what it gives back, and the bounds it keeps.
+
+Owns the types that pass between the codec and its callers. It holds no codec logic, and never touches
+memory, torch or numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from legion_shm.transport.handles import BlockHandle
+
+__all__ = [
+    "BlockStore",
+    "DecodeLimits",
+    "DevicePolicy",
+    "DeviceResolver",
+    "EncodedValue",
+    "ReservedBlock",
+    "TransferStats",
+    "ValueType",
+    "ValueTypes",
+]
+
+
+class ReservedBlock(Protocol):
+    """A block that was reserved and not yet published: writable at ``address``."""
+
+    @property
+    def handle(self) -> BlockHandle: ...
+
+    @property
+    def address(self) -> int: ...
+
+
+class BlockStore(Protocol):
+    """What the codec needs of this process's shared memory."""
+
+    @property
+    def inline_max_bytes(self) -> int:
+        """Payloads up to this size travel inside the tree."""
+        ...
+
+    def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
+        """The unchanged published block that covers this memory and the offset in it, or None."""
+        ...
+
+    def reserve(self, nbytes: int) -> ReservedBlock:
+        """A new block of our own. Raises `ArenaFull`."""
+        ...
+
+    def discard(self, handle: BlockHandle) -> None:
+        """Give back a reserved block that will not be published."""
+        ...
+
+    def view(self, handle: BlockHandle) -> Any:
+        """A writable buffer of ``handle.nbytes`` bytes. Raises `InvalidHandle` or `StaleHandle`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """What one encode moved. ``payload_bytes`` is the sum of the inline, copied and referenced bytes.
+
+    ``tensors`` counts tensors and arrays with their own place in the tree; ``copies`` the copies made
+    into blocks, whose bytes are ``copied_bytes``.
+    """
+
+    tensors: int = 0
+    payload_bytes: int = 0
+    inline_bytes: int = 0
+    copied_bytes: int = 0
+    copies: int = 0
+    referenced_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedValue:
+    """A value on its way: ``tree`` refers to ``blocks`` by index.
+
+    ``owned[i]`` is True where this encode reserved the block, False where it exists already and is
+    only referred to. ``keepalive`` is to be held until the leases on the blocks are registered.
+    """
+
+    tree: bytes
+    blocks: tuple[BlockHandle, ...]
+    owned: tuple[bool, ...]
+    stats: TransferStats
+    keepalive: tuple[object, ...] = field(default=(), repr=False, compare=False)
+
+    def discard(self, store: BlockStore) -> None:
+        """Give back the blocks that were reserved for this value, when it won't be sent after all."""
+        for handle, owned in zip(self.blocks, self.owned, strict=True):
+            if owned:
+                store.discard(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """Bounds on one value. Encode keeps them too, so that no honest value ends its sender.
+
+    ``max_depth``: containers inside one another, at most 200. ``max_items``: leaves, keys and
+    containers in all. ``max_tensors``: tensors, arrays, and byte strings and texts that travel in blocks.
+    ``max_inline_bytes``: their bytes inside the tree; what is more goes into blocks.
+    """
+
+    max_depth: int = 64
+    max_items: int = 4_000_000
+    max_tensors: int = 65_536
+    max_inline_bytes: int = 64 * 1024 * 1024
+
+
+class DeviceResolver(Protocol):
+    """How devices are named across processes. Tests give a fake one."""
+
+    def identify(self, device: Any) -> tuple[str, str] | None:
+        """The type and unique id of a torch.device, or None for host memory.
+
+        Raises `LookupError` with a reason for a device whose tensors can't travel.
+        """
+        ...
+
+    def locate(self, kind: str, uuid: str) -> Any | None:
+        """The torch.device of this process that has this type and id, or None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePolicy:
+    """Where tensors of other devices than the CPU go.
+
+    With ``allow_cpu``, a tensor whose device this process hasn't stays in host memory instead of
+    raising `UnsupportedValue`. ``resolver`` None stands for torch's own devices.
+    """
+
+    allow_cpu: bool = False
+    resolver: DeviceResolver | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ValueType:
+    """How instances of exactly ``cls`` cross: as the state that ``reduce`` makes of one.
+
+    The state is any value that the codec carries; ``rebuild`` makes an equal instance of it. ``name``
+    stands for the class on the wire and is registered on both sides.
+    """
+
+    name: str
+    cls: type
+    reduce: Callable[[Any], object]
+    rebuild: Callable[[Any], object]
+
+
+class ValueTypes:
+    """The registered classes of a process, beyond those that the codec knows by itself."""
+
+    def __init__(self, *value_types: ValueType) -> None:
+        self._by_class: dict[type, ValueType] = {}
+        self._by_name: dict[str, ValueType] = {}
+        for value_type in value_types:
+            self.register(value_type)
+
+    def register(self, value_type: ValueType) -> None:
+        """Add one. The same one twice is fine; another for its class or its name raises ValueError."""
+        for known in (self._by_class.get(value_type.cls), self._by_name.get(value_type.name)):
+            if known is not None and known != value_type:
+                raise ValueError(
+                    f"{value_type.name!r} for {value_type.cls.__qualname__}: "
+                    f"already registered as {known.name!r} for {known.cls.__qualname__}"
+                )
+        self._by_class[value_type.cls] = value_type
+        self._by_name[value_type.name] = value_type
+
+    def by_class(self, cls: type) -> ValueType | None:
+        return self._by_class.get(cls)
+
+    def by_name(self, name: str) -> ValueType | None:
+        return self._by_name.get(name)

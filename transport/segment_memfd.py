@@ -1,0 +1,282 @@
+"""Shared memory without a name: a sealed memfd, mapped through libc. Linux only.
+
+Owns the file descriptor, the mappings and who views which part of them. A memfd is freed when its last
+descriptor and mapping are gone, however its processes end, and is not limited by the size of /dev/shm.
+
+A receiver maps the whole segment copy-on-write once and hands out views of it, because mapping 25 MB
+anew for each message costs a fault per page. Two live views must never share a page (one's write would
+show in the other), so a block that is delivered again while an earlier view of it lives is taken from
+the next whole-segment mapping, called a lane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import weakref
+from bisect import bisect_left, insort
+from threading import Lock
+
+from legion_shm.errors import InvalidHandle
+from legion_shm.transport.dirty import may_be_written
+from legion_shm.transport.handles import BLOCK_ALIGN, round_up
+from legion_shm.transport.segment import BlockMapping, Segment, SegmentKind
+
+__all__ = ["MemfdSegment"]
+
+# <linux/mman.h> and <linux/memfd.h>; the mmap and os modules of Python 3.10 to 3.12 lack these.
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MADV_DONTNEED = 4
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+_MFD_NOEXEC_SEAL = 0x8
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+
+_F_ADD_SEALS = 1033
+_F_GET_SEALS = 1034
+_SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: nobody can resize it under a reader
+
+_MAX_LANES = 4
+"""Whole-segment mappings kept for reuse; a fifth simultaneous view of one block gets a mapping of its own."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _mmap(address: int | None, nbytes: int, flags: int, fd: int, offset: int) -> int:
+    result: int | None = _libc.mmap(address, nbytes, _READ_WRITE, flags, fd, offset)
+    if result is None or result == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap of {nbytes} bytes: {os.strerror(code)}")
+    return result
+
+
+def _munmap(address: int, nbytes: int) -> None:
+    _libc.munmap(address, nbytes)
+
+
+class _Memory:
+    """One mapping, unmapped when the last reference to this object goes."""
+
+    def __init__(self, nbytes: int, flags: int, fd: int, offset: int = 0) -> None:
+        self.nbytes = nbytes
+        self.address = _mmap(None, nbytes, flags, fd, offset)
+        # Only a system call: this may run inside a garbage collection, in any thread.
+        weakref.finalize(self, _munmap, self.address, nbytes).atexit = False
+        self._populated: dict[int, int] = {}
+
+    def populate(self, offset: int, nbytes: int, advice: int) -> None:
+        """Map these pages now, unless this was done. A hint: older kernels refuse it, then faults do it."""
+        if self._populated.get(offset, 0) < offset + nbytes:
+            _libc.madvise(self.address + offset, nbytes, advice)
+            self._populated[offset] = offset + nbytes
+
+    def forget_populated(self, offset: int, nbytes: int) -> None:
+        for start in [s for s, end in self._populated.items() if s < offset + nbytes and end > offset]:
+            del self._populated[start]
+
+
+class _Lane(_Memory):
+    """A whole segment mapped copy-on-write, and the spans of it that are viewed now."""
+
+    def __init__(self, nbytes: int, fd: int) -> None:
+        super().__init__(nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd)
+        self._viewed: list[tuple[int, int]] = []
+
+    def claim(self, offset: int, end: int) -> bool:
+        index = bisect_left(self._viewed, (offset, end))
+        if index < len(self._viewed) and self._viewed[index][0] < end:
+            return False
+        if index and self._viewed[index - 1][1] > offset:
+            return False
+        insort(self._viewed, (offset, end))
+        return True
+
+    def give_back(self, offset: int, end: int) -> None:
+        del self._viewed[bisect_left(self._viewed, (offset, end))]
+
+
+class _LaneMapping(BlockMapping):
+    def __init__(self, segment: MemfdSegment, lane: _Lane, offset: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address = lane.address + offset
+        self._lock = segment.lock
+        self._lane = lane
+        self._offset = offset
+        self._released = False
+
+    def dirty(self, start: int, nbytes: int) -> bool:
+        return may_be_written(self.address + start, nbytes)
+
+    def release(self) -> None:
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+        if self.dirty(0, self.nbytes):
+            dropped = _libc.madvise(self.address, self.nbytes, _MADV_DONTNEED) == 0
+            with self._lock:
+                self._lane.forget_populated(self._offset, self.nbytes)
+            if not dropped:
+                # Locked memory (mlockall) refuses. The span stays claimed: no later block is read there.
+                return
+        with self._lock:
+            self._lane.give_back(self._offset, self._offset + self.nbytes)
+
+
+class _OwnMapping(BlockMapping):
+    """One block mapped for one delivery, unmapped with it."""
+
+    def __init__(self, fd: int, offset: int, nbytes: int) -> None:
+        self._memory: _Memory | None = _Memory(nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd, offset)
+        self._memory.populate(0, nbytes, _MADV_POPULATE_READ)
+        self.address = self._memory.address
+        self.nbytes = nbytes
+
+    def dirty(self, start: int, nbytes: int) -> bool:
+        return may_be_written(self.address + start, nbytes)
+
+    def release(self) -> None:
+        self._memory = None
+
+
+class MemfdSegment(Segment):
+    """A sealed memfd. Made by `create` or `attach`; owns the descriptor that it is given."""
+
+    kind: SegmentKind = "memfd"
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.lock = Lock()
+        self._fd = fd
+        self._shared: _Memory | None = None
+        self._lanes: list[_Lane] = []
+
+    @classmethod
+    def create(cls, nbytes: int, *, name_prefix: str) -> MemfdSegment:
+        fd = _memfd_create(f"{name_prefix}segment")
+        try:
+            # Without it, a shortage of memory would show as SIGBUS at the first touch of a page.
+            os.posix_fallocate(fd, 0, nbytes)
+            fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, nbytes)
+
+    @classmethod
+    def attach(cls, fd: int, nbytes: int) -> MemfdSegment:
+        try:
+            real = os.fstat(fd).st_size
+            seals = fcntl.fcntl(fd, _F_GET_SEALS)
+        except OSError as error:
+            _close_quietly(fd)
+            raise InvalidHandle(f"descriptor {fd} is not a memfd: {error}") from error
+        if seals & _SEALS != _SEALS:
+            os.close(fd)
+            raise InvalidHandle(f"the segment's memfd lacks the seals against resizing (it has {seals:#x})")
+        if real != nbytes or nbytes <= 0 or nbytes % BLOCK_ALIGN:
+            os.close(fd)
+            raise InvalidHandle(f"the segment is said to have {nbytes} bytes, and its memfd has {real}")
+        os.set_inheritable(fd, False)
+        return cls(fd, nbytes)
+
+    @property
+    def descriptor(self) -> int:
+        if self._fd < 0:
+            raise InvalidHandle("the segment is closed and has no descriptor any more")
+        return self._fd
+
+    def shared_address(self) -> int:
+        return self._shared_memory().address
+
+    def shared_memory(self) -> object:
+        return self._shared_memory()
+
+    def _shared_memory(self) -> _Memory:
+        with self.lock:
+            if self._shared is None:
+                self._shared = _Memory(self.nbytes, mmap.MAP_SHARED, self.descriptor)
+            return self._shared
+
+    def prefault(self, offset: int, nbytes: int) -> None:
+        # First copy of 25 MB into allocated pages: 4.5 ms by faults, 1.0 + 0.9 ms with this; warm 0.9.
+        memory = self._shared_memory()
+        with self.lock:
+            memory.populate(offset, round_up(nbytes), _MADV_POPULATE_WRITE)
+
+    def map_block(self, offset: int, nbytes: int) -> BlockMapping:
+        span = round_up(nbytes)
+        if nbytes <= 0 or offset < 0 or offset % BLOCK_ALIGN or offset + span > self.nbytes:
+            raise InvalidHandle(f"{nbytes} bytes at {offset} are no block of a segment of {self.nbytes}")
+        with self.lock:
+            fd = self.descriptor
+            lane = next((lane for lane in self._lanes if lane.claim(offset, offset + span)), None)
+            if lane is None and len(self._lanes) < _MAX_LANES:
+                lane = _Lane(self.nbytes, fd)
+                lane.claim(offset, offset + span)
+                self._lanes.append(lane)
+            if lane is None:
+                return _OwnMapping(fd, offset, span)
+            # First read of 25 MB: 0.7 ms by faults, 0.4 ms with this.
+            lane.populate(offset, span, _MADV_POPULATE_READ)
+        return _LaneMapping(self, lane, offset, span)
+
+    def isolate(self, offset: int, nbytes: int) -> bool:
+        try:
+            return self._remap(offset, round_up(nbytes), mmap.MAP_PRIVATE | _MAP_NORESERVE)
+        except OSError as error:
+            if error.errno in (errno.ENOMEM, errno.EAGAIN):  # out of address ranges: vm.max_map_count
+                return False
+            raise
+
+    def rejoin(self, offset: int, nbytes: int) -> None:
+        self._remap(offset, round_up(nbytes), mmap.MAP_SHARED)
+
+    def isolated_clean(self, offset: int, nbytes: int) -> bool:
+        return self._fd >= 0 and not may_be_written(self.shared_address() + offset, nbytes)
+
+    def _remap(self, offset: int, span: int, flags: int) -> bool:
+        if span <= 0 or offset < 0 or offset % BLOCK_ALIGN or offset + span > self.nbytes:
+            raise ValueError(f"{span} bytes at {offset} are not pages of this segment")
+        with self.lock:
+            memory = self._shared
+            if memory is None or self._fd < 0:
+                return False
+            _mmap(memory.address + offset, span, flags | _MAP_FIXED, self._fd, offset)
+            memory.forget_populated(offset, span)
+            return True
+
+    def close(self) -> None:
+        with self.lock:
+            fd, self._fd = self._fd, -1
+            self._shared = None
+            self._lanes.clear()
+        if fd >= 0:
+            os.close(fd)
+
+
+def _memfd_create(name: str) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Linux before 6.3 does not know the flag
+            raise
+        return os.memfd_create(name, flags)
+
+
+def _close_quietly(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)

@@ -1,0 +1,126 @@
+"""Named values on their way in or out: what a channel carries, encoded once and accounted for.
+
+Owns the meeting of codec, memory and messages, the same on both sides: `pack` encodes each named value
+and gives back every block if one of them fails; `unpack` decodes and returns the leases on whatever the
+decoder did not look at. It registers no lease and sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from legion_shm.transport.codec import (
+    BlockStore,
+    DevicePolicy,
+    EncodedValue,
+    TransferStats,
+    decode,
+    encode,
+    value_identity,
+)
+from legion_shm.transport.handles import BlockHandle
+from legion_shm.transport.messages import ValueNote, Values
+
+__all__ = ["PackedValues", "discard", "pack", "unpack"]
+
+
+@dataclass(frozen=True)
+class PackedValues:
+    """Encoded values. ``keepalive`` must live until the leases on ``blocks`` have been registered."""
+
+    values: Values
+    stats: Mapping[str, TransferStats]
+    keepalive: tuple[object, ...] = field(repr=False, default=())
+
+    def handles(self) -> Iterable[tuple[BlockHandle, bool]]:
+        """Each block referred to, with whether it is new; one that two values use comes twice."""
+        for _, _, blocks, owned, _, _ in self.values:
+            yield from zip(blocks, owned, strict=True)
+
+
+def pack(values: Mapping[str, object], store: BlockStore) -> PackedValues:
+    """Encode each value. All or nothing: on any error no new block remains reserved.
+
+    Raises UnsupportedValue with the path inside the value, ArenaFull.
+    """
+    notes: list[ValueNote] = []
+    stats: dict[str, TransferStats] = {}
+    keep: list[EncodedValue] = []
+    try:
+        for name, value in values.items():
+            encoded = encode(value, store, path=name)
+            keep.append(encoded)
+            stats[name] = encoded.stats
+            identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
+            numbers = _numbers(encoded.stats)
+            notes.append((name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers))
+    except BaseException:
+        discard(tuple(notes), store)
+        raise
+    return PackedValues(tuple(notes), stats, tuple(keep))
+
+
+def discard(values: Values, store: BlockStore) -> None:
+    """Give back the new blocks of values that will not be sent."""
+    for _, _, blocks, owned, _, _ in values:
+        for handle, new in zip(blocks, owned, strict=True):
+            if new:
+                store.discard(handle)
+
+
+def _numbers(stats: TransferStats) -> tuple[int, ...]:
+    return (
+        stats.tensors,
+        stats.payload_bytes,
+        stats.inline_bytes,
+        stats.copied_bytes,
+        stats.copies,
+        stats.referenced_bytes,
+    )
+
+
+class _Viewed:
+    """A store that notes which deliveries the decoder took."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self.inline_max_bytes = store.inline_max_bytes
+        self.taken: set[BlockHandle] = set()
+        self.find = store.find
+        self.reserve = store.reserve
+        self.discard = store.discard
+
+    def view(self, handle: BlockHandle) -> Any:
+        buffer = self._store.view(handle)
+        self.taken.add(handle)
+        return buffer
+
+
+def unpack(
+    values: Values,
+    store: BlockStore,
+    *,
+    give_back: Callable[[BlockHandle], None],
+    allow_cpu: bool,
+) -> dict[str, object]:
+    """Decode each value. ``give_back`` gets each delivered block that no view was made of.
+
+    Raises ProtocolError for anything malformed, UnsupportedValue for a device that is not here.
+    """
+    devices = DevicePolicy(allow_cpu=allow_cpu)
+    result: dict[str, object] = {}
+    pending = [handle for _, _, blocks, _, _, _ in values for handle in blocks]
+    try:
+        for name, tree, blocks, _, _, _ in values:
+            viewed = _Viewed(store)
+            try:
+                result[name] = decode(tree, blocks, viewed, devices=devices, path=name)
+            finally:
+                for handle in viewed.taken:
+                    pending.remove(handle)
+    finally:
+        for handle in pending:
+            give_back(handle)
+    return result
