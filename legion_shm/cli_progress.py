@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from legion_shm.errors import JobFailed, LegionError, StartupError, WorkerLost
+from legion_shm.errors import InvalidWorkflow, JobFailed, LegionError, StartupError, WorkerLost
 from legion_shm.events import (
     Event,
     EventsDropped,
@@ -96,6 +96,8 @@ class JobReporter:
 def explain(error: LegionError, *, verbose: bool) -> str:
     """An error as text for a person: what happened and where; with ``verbose`` the worker's traceback too."""
     lines = [str(error)]
+    if isinstance(error, InvalidWorkflow):
+        lines.extend(f"  {problem}" for problem in error.problems if problem not in lines[0])
     traceback: str = error.traceback if isinstance(error, (JobFailed, StartupError)) else ""
     if isinstance(error, JobFailed):
         where = f"node {error.node_id} ({error.class_type})"
@@ -104,7 +106,11 @@ def explain(error: LegionError, *, verbose: bool) -> str:
         if verbose and error.inputs_summary:
             lines.append(f"Inputs of {where}:\n{error.inputs_summary.rstrip()}")
     if traceback:
-        lines.append(f"Traceback in the worker:\n{traceback.rstrip()}" if verbose else "(-v shows the worker's traceback)")
+        lines.append(
+            f"Traceback in the worker:\n{traceback.rstrip()}"
+            if verbose
+            else "(-v shows the worker's traceback)"
+        )
     if isinstance(error, (WorkerLost, StartupError)) and error.log_tail:
         tail = error.log_tail if verbose else error.log_tail[-_TAIL_LINES:]
         if not all(line in str(error) for line in tail):
@@ -119,5 +125,5 @@ def error_document(error: LegionError) -> dict[str, Any]:
         if value is None or isinstance(value, (bool, int, float, str)):
             document[name] = value
         elif isinstance(value, tuple):
-            document[name] = [str(item) for item in value]
+            document[name] = [str(item) for item in cast("tuple[object, ...]", value)]
     return document

@@ -39,14 +39,16 @@ def find_comfyui(explicit: str | None, env: Mapping[str, str]) -> ComfyLocation 
     """The ComfyUI to use, None where there is none.
 
     Looked at in this order: ``explicit``; the ComfyUI that this process runs inside of; COMFYUI_PATH of
-    ``env``; ComfyUI in the home folder of ``env``. Raises ConfigError where ``explicit`` is given and is none.
+    ``env``; ComfyUI in the home folder of ``env``. Raises ConfigError where ``explicit`` is given and is
+    none.
     """
     if explicit is not None:
         path = _absolute(explicit, env)
         missing = _missing(path)
         if missing:
             raise ConfigError(
-                f"comfyui_path: {path} is not a ComfyUI: {missing}; give the folder that holds ComfyUI's main.py",
+                f"comfyui_path: {path} is not a ComfyUI: {missing}; "
+                "give the folder that holds ComfyUI's main.py",
                 key="comfyui_path",
             )
         return ComfyLocation(path, "given", _version(path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -30,7 +31,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
     title: ClassVar[str] = "settings"
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -74,8 +75,13 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError:
     lines: list[str] = []
     first_key: str | None = None
-    for item in error.errors(include_url=False, include_context=False):
+    for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):  # of a model inside this one, which has said it all
+            first_key = first_key or (f"{key}.{inner.key}" if inner.key else key)
+            lines.append(f"{key}: {inner}")
+            continue
         first_key = first_key or key
         if item["type"] == "extra_forbidden":
             known = ", ".join(sorted(model.model_fields))
@@ -126,7 +132,7 @@ class WorkerSpec(_Settings):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         if isinstance(value, (str, os.PathLike)):
-            return (_path_text(value),)
+            return (_path_text(cast("object", value)),)
         if isinstance(value, Sequence):
             return tuple(_path_text(item) for item in cast("Sequence[object]", value))
         return value
@@ -167,10 +173,15 @@ class WorkerSpec(_Settings):
             env[name] = str(content)
         return dict(sorted(env.items()))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal for equal specs: what decides whether two jobs may share a worker."""
         return hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> WorkerSpec:
+        copied = super().model_copy(update=update, deep=deep)
+        vars(copied).pop("key", None)  # it was this spec's
+        return copied
 
 
 class SupervisorSettings(_Settings):

@@ -21,14 +21,16 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from legion_shm.cli_values import plan_output, read_image, write_output
+from legion_shm.cli_outputs import plan_output, write_output
+from legion_shm.cli_values import read_image
 from legion_shm.clock import monotonic_s
 from legion_shm.events import NodeEvent
 
 if TYPE_CHECKING:
     from legion_shm.config import WorkerSpec
     from legion_shm.supervisor.api import Supervisor
-    from legion_shm.supervisor.job import Job, JobStats, Result, Transfer
+    from legion_shm.supervisor.job import Job
+    from legion_shm.supervisor.result import JobStats, Result, Transfer
 
 __all__ = ["DemoReport", "FileRun", "SharedRun", "print_demo", "run_demo"]
 
@@ -62,7 +64,7 @@ class SharedRun:
 
 @dataclass(frozen=True)
 class FileRun:
-    """One job through PNG files: ``write_s`` and ``read_s`` are ours, ``load_s`` and ``save_s`` the worker's."""
+    """One job through PNG files: ``write_s`` and ``read_s`` here, ``load_s`` and ``save_s`` in the worker."""
 
     total_s: float
     write_s: float
@@ -106,7 +108,9 @@ def run_demo(*, runs: int = 9) -> DemoReport:
             way.run(photograph)  # not timed: it loads what reading and writing PNG takes
             # Made beforehand: torch's threads spin for a while after their work, on the worker's processors.
             in_private = [_marked(photograph, 3 * number) for number in range(min(runs, _IMAGES))]
-            in_shared = [legion.share(_marked(photograph, 3 * number + 1)) for number in range(min(runs, _IMAGES))]
+            in_shared = [
+                legion.share(_marked(photograph, 3 * number + 1)) for number in range(min(runs, _IMAGES))
+            ]
             for_files = [_marked(photograph, 3 * number + 2) for number in range(min(runs, _IMAGES))]
             private: list[SharedRun] = []
             resident: list[SharedRun] = []
@@ -217,39 +221,39 @@ def print_demo(report: DemoReport, path: Path) -> None:
 def _table(title: str, columns: Sequence[str], left: int = 1) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None)
+    table.pad_edge = False
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     return table
 
 
 def _crossing_table(report: DemoReport) -> Any:
-    table = _table("What crossed", ("value", "direction", "shape", "bytes", "way", "copies"), left=3)
-    ways = (("photograph in the caller's memory", report.private[-1]), ("photograph in shared memory", report.resident[-1]))
-    for title, run in ways:
-        table.add_row(title, style="italic")
+    table = _table("What crossed", ("photograph in", "channel", "shape", "bytes", "copies"), left=2)
+    for title, run in (("private memory", report.private[-1]), ("shared memory", report.resident[-1])):
         for transfer in run.stats.transfers:
             if transfer.payload_bytes:
                 shape = report.shapes.get((transfer.direction, transfer.name), ())
                 table.add_row(
-                    f"  {transfer.name}",
-                    transfer.direction.replace("_", " "),
+                    title,
+                    f"{transfer.name} {transfer.direction.replace('_', ' ')}",
                     "x".join(map(str, shape)),
                     f"{transfer.payload_bytes:,}",
-                    _way(transfer),
-                    str(transfer.copies),
+                    f"{transfer.copies}{_way(transfer)}",
                 )
     return table
 
 
 def _way(transfer: Transfer) -> str:
     if transfer.inline_bytes == transfer.payload_bytes:
-        return "in the message"
-    return "by reference" if transfer.referenced_bytes == transfer.payload_bytes else "copied into"
+        return " (in message)"
+    return " (reference)" if transfer.referenced_bytes == transfer.payload_bytes else ""
 
 
 def _hop_table(report: DemoReport) -> Any:
-    table = _table("How long each hop took, in ms", ("photograph in", "first job", "private", "shared memory"))
+    table = _table(
+        "How long each hop took, in ms", ("photograph in", "first job", "private memory", "shared memory")
+    )
     for hop, text in _HOPS:
         table.add_row(
             text,
@@ -258,34 +262,40 @@ def _hop_table(report: DemoReport) -> Any:
             _ms(_median_of(report.resident, hop)),
         )
     table.add_row(
-        "whole job", _ms(report.first.total_s), _ms(_total(report.private)), _ms(_total(report.resident)), style="bold"
+        "whole job",
+        _ms(report.first.total_s),
+        _ms(_total(report.private)),
+        _ms(_total(report.resident)),
+        style="bold",
     )
     return table
 
 
 def _comparison_table(report: DemoReport) -> Any:
     table = _table(
-        "The same nodes in the same worker, through PNG files, in ms", ("", "moving images", "", "whole job", "")
+        "The same nodes in the same worker, through PNG files, in ms",
+        ("", "moving images", "ratio", "whole job", "ratio"),
     )
     rows = (
         ("PNG files", report.files),
-        ("shared memory, one copy each way", report.private),
-        ("shared memory, no copy there", report.resident),
+        ("shared memory", report.private),
+        ("shared memory, photograph in it", report.resident),
     )
     files_moving_s, files_total_s = _moving(report.files), _total(report.files)
     for text, runs in rows:
         moving_s, total_s = _moving(runs), _total(runs)
         table.add_row(
             text,
-            _ms(moving_s), f"{files_moving_s / moving_s:.1f}x as fast" if runs is not report.files else "",
-            _ms(total_s), f"{files_total_s / total_s:.1f}x" if runs is not report.files else "",
+            _ms(moving_s), f"{files_moving_s / moving_s:.1f}" if runs is not report.files else "",
+            _ms(total_s), f"{files_total_s / total_s:.1f}" if runs is not report.files else "",
         )  # fmt: skip
     return table
 
 
 def _closing_words(report: DemoReport) -> str:
     write_s, load_s, save_s, read_s = (
-        statistics.median(getattr(run, name) for run in report.files) for name in ("write_s", "load_s", "save_s", "read_s")
+        statistics.median(getattr(run, name) for run in report.files)
+        for name in ("write_s", "load_s", "save_s", "read_s")
     )
     return (
         f"Through PNG: {_ms(write_s)} ms to write the photograph, {_ms(load_s)} to load it in the worker,\n"

@@ -7,6 +7,7 @@ directory, with the round trip a worker process) is gone when it returns.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -67,10 +68,16 @@ class Report:
         self.facts.append(Fact(section, name, value, level))
 
     def document(self) -> dict[str, Any]:
-        return {"usable": self.usable, "problems": list(self.problems), "facts": [asdict(fact) for fact in self.facts]}
+        return {
+            "usable": self.usable,
+            "problems": list(self.problems),
+            "facts": [asdict(fact) for fact in self.facts],
+        }
 
 
-def examine(*, comfyui: str | None = None, check: bool = True, env: Mapping[str, str] | None = None) -> Report:
+def examine(
+    *, comfyui: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
+) -> Report:
     """Ask every question; with ``check`` also send a tensor through a worker of the graph engine.
 
     Raises ConfigError where ``comfyui`` is given and is no ComfyUI.
@@ -121,8 +128,7 @@ def _versions(report: Report) -> None:
         except importlib.metadata.PackageNotFoundError:
             report.add("Software", name, "not installed; run `pip install legion-shm` again", "problem")
     with _problem_in(report, "Software", "libzmq"):
-        import legion_shm.transport.channel  # noqa: F401 - the one module that may import zmq
-
+        importlib.import_module("legion_shm.transport.channel")  # the one module that may import zmq
         zmq = cast("Any", sys.modules["zmq"])
         report.add("Software", "libzmq", str(zmq.zmq_version()))
 
@@ -131,7 +137,9 @@ def _shared_memory(report: Report) -> None:
     section = "Shared memory"
     report.add(section, "memfd", *_outcome(_try_memfd, "yes"))
     report.add(section, "seals", *_outcome(_try_seals, "yes"))
-    report.add(section, "pagemap", *_outcome(_try_pagemap, "readable: views nobody wrote to go on without a copy"))
+    report.add(
+        section, "pagemap", *_outcome(_try_pagemap, "readable: views nobody wrote to go on without a copy")
+    )
     shm = Path("/dev/shm")
     if shm.is_dir():
         usage = shutil.disk_usage(shm)
@@ -143,11 +151,16 @@ def _shared_memory(report: Report) -> None:
 
 def _processes(report: Report) -> None:
     section = "Processes"
-    for name, limit in (("open files (RLIMIT_NOFILE)", "RLIMIT_NOFILE"), ("locked memory (RLIMIT_MEMLOCK)", "RLIMIT_MEMLOCK")):
+    for name, limit in (
+        ("open files (RLIMIT_NOFILE)", "RLIMIT_NOFILE"),
+        ("locked memory (RLIMIT_MEMLOCK)", "RLIMIT_MEMLOCK"),
+    ):
         value, small = _limit(limit)
         report.add(section, name, value, "note" if limit == "RLIMIT_NOFILE" and small else "ok")
     report.add(section, "pidfd", *_outcome(_try_pidfd, "yes"))
-    report.add(section, "death pipe (F_SETSIG)", *_outcome(_try_death_signal, "yes: workers die with the supervisor"))
+    report.add(
+        section, "death pipe (F_SETSIG)", *_outcome(_try_death_signal, "yes: workers die with the supervisor")
+    )
 
 
 def _limit(name: str) -> tuple[str, bool]:
@@ -197,7 +210,9 @@ def _try_pagemap() -> None:
         file.seek(ctypes.addressof(memory) // page * 8)
         (entry,) = struct.unpack("=Q", file.read(8))
     if not entry >> 63:
-        raise OSError("/proc/self/pagemap hides this process's own pages; received tensors are copied when sent on")
+        raise OSError(
+            "/proc/self/pagemap hides this process's own pages; received tensors are copied when sent on"
+        )
 
 
 def _try_pidfd() -> None:
@@ -281,7 +296,9 @@ def _devices(report: Report) -> None:
             report.add(section, "GPU", "none: this torch is built without CUDA; tensors stay in main memory")
         else:
             built = torch.version.cuda or torch.version.hip
-            report.add(section, "GPU", f"none: torch (built for {built}) finds no usable device or driver", "note")
+            report.add(
+                section, "GPU", f"none: torch (built for {built}) finds no usable device or driver", "note"
+            )
         report.add(section, "torch threads", str(torch.get_num_threads()))
 
 
@@ -296,7 +313,11 @@ def _comfyui(report: Report, location: ComfyLocation | None, env: Mapping[str, s
 def _used(report: Report, segments: str | None, channel: str | None, location: ComfyLocation | None) -> None:
     section = "What will be used"
     report.add(section, "shared memory", segments or "none")
-    report.add(section, "channel", {"ipc": "ZeroMQ over ipc", "tcp": "ZeroMQ over loopback TCP with CURVE"}.get(channel or "", "none"))
+    report.add(
+        section,
+        "channel",
+        {"ipc": "ZeroMQ over ipc", "tcp": "ZeroMQ over loopback TCP with CURVE"}.get(channel or "", "none"),
+    )
     report.add(section, "engine for engine=auto", "graph" if location is None else f"comfy ({location.path})")
     report.add(section, "start of workers", "spawn, each in a process group of its own")
 
@@ -311,7 +332,7 @@ def _round_trip(report: Report) -> None:
         from legion_shm.supervisor.api import Supervisor
 
         torch = cast("Any", torch_module)
-        workflow = {
+        workflow: dict[str, Any] = {
             "1": {"class_type": "LegionImporter", "inputs": {}},
             "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
         }
@@ -324,7 +345,11 @@ def _round_trip(report: Report) -> None:
             second = legion.submit(workflow, inputs=[sent], spec=spec).result(timeout=_CHECK_TIMEOUT_S)
             again_s = monotonic_s()
             returned = all(torch.equal(result["output_1"], sent) for result in (first, second))
-        copies = {transfer.direction: transfer.copies for transfer in second.stats.transfers if transfer.payload_bytes}
+        copies = {
+            transfer.direction: transfer.copies
+            for transfer in second.stats.transfers
+            if transfer.payload_bytes
+        }
         if not returned:
             report.add(section, name, "it came back changed", "problem")
             return
@@ -334,7 +359,11 @@ def _round_trip(report: Report) -> None:
             f"came back whole; copies: {copies.get('to_worker', 0)} on the way there, "
             f"{copies.get('from_worker', 0)} on the way back",
         )
-        report.add(section, "time", f"{ready_s - started_s:.2f} s with the worker's start, then {1e3 * (again_s - ready_s):.1f} ms")
+        report.add(
+            section,
+            "time",
+            f"{ready_s - started_s:.2f} s with the worker's start, then {1e3 * (again_s - ready_s):.1f} ms",
+        )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ Workflow = dict[str, dict[str, Any]]
 WorkflowSource = Union[Mapping[str, Any], str, "os.PathLike[str]"]
 
 _MAX_BYTES = 64 << 20
+_NUMBERS = frozenset(str(number) for number in range(1, CHANNELS + 1))
 
 
 def is_link(value: object) -> bool:
@@ -65,19 +67,25 @@ def load_workflow(source: WorkflowSource) -> Workflow:
         where = "the workflow"
     elif isinstance(source, os.PathLike):
         raw, where = _read_file(Path(source)), f"the workflow file {os.fspath(source)}"
-    elif isinstance(source, str):
+    elif isinstance(cast("object", source), str):
         if source.lstrip()[:1] in ("{", "["):
             raw, where = _parse(source, "the workflow text"), "the workflow text"
         else:
             raw, where = _read_file(Path(source)), f"the workflow file {source}"
     else:
         raise InvalidWorkflow(f"a workflow is a dict, a path or JSON text, not {type(source).__name__}")
-    if isinstance(raw, Mapping):
-        mapping = cast("Mapping[object, object]", raw)
-        inner = mapping.get("prompt")
-        if "class_type" not in mapping and isinstance(inner, Mapping) and len(mapping) <= 3:
-            raw = cast("Mapping[object, object]", inner)
-    return _checked(raw, where)
+    return _checked(_unwrapped(raw), where)
+
+
+def _unwrapped(raw: object) -> object:
+    """The workflow inside of what ComfyUI's ``POST /prompt`` takes; anything else as it is."""
+    if not isinstance(raw, Mapping):
+        return raw
+    mapping = cast("Mapping[object, object]", raw)
+    inner = mapping.get("prompt")
+    if isinstance(inner, Mapping) and "class_type" not in inner and len(mapping) <= 3:
+        return cast("Mapping[object, object]", inner)
+    return mapping
 
 
 def _read_file(path: Path) -> object:
@@ -101,6 +109,8 @@ def _parse(text: str, where: str) -> object:
         ) from None
     except RecursionError:
         raise InvalidWorkflow(f"{where} is nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise InvalidWorkflow(f"{where} is not valid JSON: {error}") from None
 
 
 def _checked(raw: object, where: str) -> Workflow:
@@ -203,7 +213,7 @@ def _check_links(workflow: Workflow) -> None:
                     node_id=node_id,
                     input_name=name,
                 )
-            if slot != int(slot) or slot < 0:
+            if not math.isfinite(slot) or slot != int(slot) or slot < 0:
                 raise InvalidWorkflow(
                     f"node {node_id} ({node['class_type']}), input {name}: "
                     f"{slot!r} is not the number of an output slot",
@@ -283,8 +293,8 @@ def read_channels(workflow: Workflow) -> Channels:
         elif kind == "LegionExporter":
             for name in values:
                 number = name[len("input_") :] if name.startswith("input_") else ""
-                if number.isdigit():
-                    if not 1 <= int(number) <= CHANNELS:
+                if number.isdecimal():
+                    if number not in _NUMBERS:
                         raise InvalidWorkflow(
                             f"node {node_id} (LegionExporter), input {name}: there are {CHANNELS} numbered "
                             "channels; use LegionOutput for more",

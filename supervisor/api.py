@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from legion_shm.clock import monotonic_s
-from legion_shm.comfy_location import find_comfyui, not_found_message
 from legion_shm.config import JobOptions, SupervisorSettings, WorkerSpec
 from legion_shm.errors import (
     ConfigError,
@@ -35,6 +34,7 @@ from legion_shm.ids import new_job_id
 from legion_shm.supervisor.feed import JobFeed
 from legion_shm.supervisor.job import Job
 from legion_shm.supervisor.loop import Loop
+from legion_shm.supervisor.resolve import resolve_spec
 from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUpRequested
 from legion_shm.supervisor.submission import Submission
@@ -283,21 +283,6 @@ class Supervisor:
             raise SupervisorClosed("this Supervisor has been closed; make a new one")
         if self._loop.fault is not None:
             raise SupervisorClosed(f"this Supervisor has failed: {self._loop.fault!r}")
-
-
-def resolve_spec(spec: WorkerSpec) -> WorkerSpec:
-    """The spec with its engine decided: ``auto`` is comfy where a ComfyUI is found, else graph.
-
-    Raises ConfigError where ``comfy`` is asked for and none is found.
-    """
-    if spec.engine == "graph":
-        return spec
-    found = find_comfyui(spec.comfyui_path, {**os.environ, **spec.env})
-    if found is None:
-        if spec.engine == "comfy":
-            raise ConfigError(not_found_message(), key="comfyui_path")
-        return spec.model_copy(update={"engine": "graph"})
-    return spec.model_copy(update={"engine": "comfy", "comfyui_path": str(found.path)})
 
 
 def _choose_channel(settings: SupervisorSettings) -> ChannelKind:

@@ -30,7 +30,7 @@ class ComfyJob(job_context.JobContext):
 
     def __init__(self, request: JobRequest, events: EngineEvents, relay: Relay) -> None:
         super().__init__(request.job_id, request.inputs, identities=request.identities)
-        self.classes = {node_id: str(node["class_type"]) for node_id, node in request.prompt.items()}
+        self.classes = {node_id: str(node.get("class_type")) for node_id, node in request.prompt.items()}
         self.events = events
         self.executed = 0
         self.cached: set[str] = set()
@@ -87,7 +87,8 @@ class Relay:
         """``interruption`` is the exception by which ComfyUI's nodes are stopped."""
         self.job: ComfyJob | None = None
         self.interruption = cast(
-            "type[JobCancelled]", type("JobInterrupted", (JobCancelled, interruption), {"__module__": __name__})
+            "type[JobCancelled]",
+            type("JobInterrupted", (JobCancelled, interruption), {"__module__": __name__}),
         )
         self._interrupt_processing = interrupt_processing
         self._lock = threading.Lock()
@@ -169,7 +170,9 @@ class Relay:
         shown = self.shown_node(node_id)
         job.events.progress(shown, float(value), float(total))
         if image is not None:  # ("JPEG", PIL image, longest side to send)
-            job.events.preview(shown, cast("tuple[Any, ...]", image)[1] if isinstance(image, tuple) else image)
+            job.events.preview(
+                shown, cast("tuple[Any, ...]", image)[1] if isinstance(image, tuple) else image
+            )
 
     def shown_node(self, node_id: str | None) -> str | None:
         """The node of the submitted workflow that stands for ``node_id``, or for the caller's own node."""

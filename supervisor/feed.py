@@ -7,6 +7,8 @@ callers' threads and event loops wait and read, through the `Job` around it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import os
 import threading
 from collections import deque
@@ -53,6 +55,7 @@ class JobFeed:
         self._error: LegionError | None = None
         self._delivery: Delivery | None = None
         self._result: Result | None = None
+        self._decode_error: LegionError | None = None
         self._decoding = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
 
@@ -109,18 +112,24 @@ class JobFeed:
                     raise TimeoutError(f"job {self.job_id} is {self._state} after {timeout:g} s; it goes on")
         return self._error
 
-    async def wait_async(self) -> LegionError | None:
+    async def wait_async(self) -> None:
         await self._until(self.done)
-        return self._error
 
     def result(self) -> Result:
-        """The outputs of a job that is done, decoded by whoever asks first."""
+        """The outputs of a job that has ended, decoded by whoever asks first; or its error, raised."""
+        if self._error is not None:
+            raise _fresh(self._error)
         with self._decoding:
+            delivery, self._delivery = self._delivery, None
+            if delivery is not None:
+                try:
+                    self._result = delivery.decode()
+                except LegionError as error:
+                    self._decode_error = error.with_traceback(None)
+            if self._decode_error is not None:
+                raise _fresh(self._decode_error)
             if self._result is None:
-                if self._delivery is None:
-                    raise AssertionError(f"job {self.job_id} is {self._state} and has no result")
-                self._result = self._delivery.decode()
-                self._delivery = None
+                raise AssertionError(f"job {self.job_id} is {self._state} and has no result")
             return self._result
 
     def events_from(self, position: int) -> tuple[list[Event], int]:
@@ -158,8 +167,20 @@ class JobFeed:
             with self._changed:
                 if condition():
                     return
-                self._wakers.append(_waker(loop, changed))
-            await changed
+                wake = _waker(loop, changed)
+                self._wakers.append(wake)
+            try:
+                await changed
+            finally:
+                with self._changed, contextlib.suppress(ValueError):
+                    self._wakers.remove(wake)  # it is there still when the waiter was cancelled
+
+
+def _fresh(error: LegionError) -> LegionError:
+    """A copy to raise: its traceback must not tie the job to its callers' frames and what they hold."""
+    fresh = copy.copy(error)
+    fresh.__cause__ = error.__cause__
+    return fresh
 
 
 def _waker(loop: asyncio.AbstractEventLoop, changed: asyncio.Future[None]) -> Callable[[], None]:

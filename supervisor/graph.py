@@ -129,7 +129,6 @@ class GraphEngine:
 
     def close(self) -> None:
         self.free()
-        self._runner.close()
 
     def _begin(self, job: _GraphJob) -> None:
         with self._lock:
@@ -149,6 +148,7 @@ class GraphEngine:
             free, self._free_asked = self._free_asked, False
         if free:
             self._cache.clear()
+        self._runner.close()
 
     def _plan(self, request: JobRequest, job: _GraphJob) -> Plan:
         call = self._call(job)

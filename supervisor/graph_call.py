@@ -28,7 +28,7 @@ class BadResult(Exception):
 
 
 class AsyncRunner:
-    """Awaits what `async def` node functions return, on a loop of its own that lives with the engine."""
+    """Awaits what `async def` node functions return, on a loop made when needed, for one job."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -44,9 +44,21 @@ class AsyncRunner:
 
     def close(self) -> None:
         loop, self._loop = self._loop, None
-        if loop is not None:
+        if loop is None:
+            return
+        try:
+            loop.run_until_complete(_end_leftovers())
             loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
             loop.close()
+
+
+async def _end_leftovers() -> None:
+    """Cancel what node functions started and did not await."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _gather(awaitables: Sequence[Awaitable[object]], check: Callable[[], None]) -> list[object]:
@@ -59,7 +71,7 @@ async def _gather(awaitables: Sequence[Awaitable[object]], check: Callable[[], N
             )
             for task in done:
                 task.result()
-            pass
+            check()
     finally:
         for task in pending:
             task.cancel()

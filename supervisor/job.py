@@ -59,9 +59,7 @@ class Job:
 
         Raises TimeoutError after ``timeout`` seconds; the job goes on.
         """
-        error = self._feed.wait(timeout)
-        if error is not None:
-            raise error
+        self._feed.wait(timeout)
         return self._feed.result()
 
     def exception(self, timeout: float | None = None) -> LegionError | None:
@@ -82,9 +80,7 @@ class Job:
         return f"<Job {self.id} {self.state}>"
 
     async def _result_async(self) -> Result:
-        error = await self._feed.wait_async()
-        if error is not None:
-            raise error
+        await self._feed.wait_async()
         return self._feed.result()
 
 

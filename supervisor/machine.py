@@ -89,6 +89,7 @@ class Machine:
         self.pools: dict[str, PoolRecord] = {}
         self.ignored_replies = 0
         self.closing = False
+        self._timed: dict[str, JobRecord] = {}  # those with a deadline: a long queue must not cost time
         self._numbers = 0
         self._actions: list[Action] = []
         self._handlers: dict[type, Callable[[Stimulus, float], None]] = {}
@@ -125,7 +126,7 @@ class Machine:
     def _deadlines(self) -> Iterable[float]:
         for worker in self.workers.values():
             yield from self._worker_deadlines(worker)
-        for job in self.jobs.values():
+        for job in self._timed.values():
             if job.deadline_s is not None and job.end_error is None:
                 yield job.deadline_s
         for pool in self.pools.values():
@@ -162,6 +163,8 @@ class Machine:
     def _job_submitted(self, event: JobSubmitted, now: float) -> None:
         job = JobRecord(event.job, event.pool, now, event.deadline_s, event.retries)
         self.jobs[job.id] = job
+        if job.deadline_s is not None:
+            self._timed[job.id] = job
         pool = self.pools[event.pool]
         if self.closing:
             self._resolve(
@@ -279,6 +282,8 @@ class Machine:
         worker = self.workers.pop(event.worker, None)
         if worker is None:
             return
+        if worker.state == "starting" and worker.start_error is None:
+            worker.start_error = _exit_at_start(worker.id, event)
         worker.to("dead")
         pool = self.pools[worker.pool]
         pool.workers.remove(worker.id)
@@ -381,7 +386,7 @@ class Machine:
     # --- time -------------------------------------------------------------------------------------
 
     def _tick(self, event: Tick, now: float) -> None:
-        for job in list(self.jobs.values()):
+        for job in list(self._timed.values()):
             if job.deadline_s is not None and now >= job.deadline_s and job.end_error is None:
                 where = "while it waited" if job.state == "queued" else "while it ran"
                 error = DeadlineExceeded(f"job {job.id}: its deadline passed {where}", job_id=job.id)
@@ -530,6 +535,7 @@ class Machine:
     def _resolve(self, job: JobRecord, state: TerminalState, error: LegionError | None) -> None:
         job.to(state)
         del self.jobs[job.id]
+        self._timed.pop(job.id, None)
         self._actions.append(ResolveJob(job.id, state, error))
 
 
@@ -540,6 +546,18 @@ def _ended_state(error: LegionError) -> TerminalState:
 def _cause(worker: WorkerRecord, event: WorkerExited) -> str:
     """Why a worker ended: our own reason where we ended it, else what its process says."""
     return worker.reason if worker.reason and worker.stage != "none" else event.cause
+
+
+def _exit_at_start(worker: str, event: WorkerExited) -> StartupError | None:
+    """A process that ended by itself before it was ready would do so again; one that was killed may not."""
+    if event.exit_code is None or event.exit_code < 0:
+        return None
+    return StartupError(
+        f"worker {worker} {event.cause} before it was ready{_quoted(event.log_tail)}",
+        worker_id=worker,
+        exit_code=event.exit_code,
+        log_tail=event.log_tail,
+    )
 
 
 def _quoted(log_tail: tuple[str, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal
 
 from legion_shm.errors import LegionError, StartupError
 from legion_shm.events import TerminalState
@@ -129,21 +129,21 @@ class Tick:
     """Time has passed; every message that had arrived by now has been handled."""
 
 
-Stimulus = Union[
-    PoolDefined,
-    JobSubmitted,
-    CancelRequested,
-    WarmUpRequested,
-    StopRequested,
-    CloseRequested,
-    WorkerReady,
-    StartFailed,
-    HeartbeatSeen,
-    JobReplied,
-    WorkerExited,
-    Stalled,
-    Tick,
-]
+Stimulus = (
+    PoolDefined
+    | JobSubmitted
+    | CancelRequested
+    | WarmUpRequested
+    | StopRequested
+    | CloseRequested
+    | WorkerReady
+    | StartFailed
+    | HeartbeatSeen
+    | JobReplied
+    | WorkerExited
+    | Stalled
+    | Tick
+)
 
 
 # --- out ------------------------------------------------------------------------------------------
@@ -197,4 +197,4 @@ class RetryNoted:
     reason: str
 
 
-Action = Union[SpawnWorker, SendJob, Interrupt, AskStop, SignalWorker, ResolveJob, RetryNoted]
+Action = SpawnWorker | SendJob | Interrupt | AskStop | SignalWorker | ResolveJob | RetryNoted

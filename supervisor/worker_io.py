@@ -50,11 +50,15 @@ class LineReader:
                 self._partial = b""
                 break
             *whole, self._partial = (self._partial + data).replace(b"\r", b"\n").split(b"\n")
-            lines.extend(whole)
-            while len(self._partial) > _LINE_BYTES:
-                lines.append(self._partial[:_LINE_BYTES])
-                self._partial = self._partial[_LINE_BYTES:]
-        return [line[:_LINE_BYTES].decode("utf-8", "replace") for line in lines if line.strip()]
+            for line in whole:
+                lines.extend(_pieces(line))
+            *full, self._partial = _pieces(self._partial)
+            lines.extend(full)
+        return [line.decode("utf-8", "replace") for line in lines if line.strip()]
+
+
+def _pieces(line: bytes) -> list[bytes]:
+    return [line[start : start + _LINE_BYTES] for start in range(0, len(line), _LINE_BYTES)] or [b""]
 
 
 @dataclass

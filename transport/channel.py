@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import zmq
-import zmq.auth
 from zmq.auth.base import Authenticator
 
 from legion_shm.errors import ProtocolError
@@ -73,6 +72,7 @@ class ServerChannel:
         self.dropped = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth: Authenticator | None = None
+        self._zap: zmq.Socket[bytes] | None = None
         self._known = _KnownKeys()
         self._identities: set[bytes] = set()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -105,7 +105,8 @@ class ServerChannel:
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
-        zap = cast("zmq.Socket[bytes]", self._auth.zap_socket)
+        zap: Any = cast("Any", self._auth).zap_socket
+        self._zap = zap
         self._poller.register(zap, zmq.POLLIN)
         return public
 
@@ -138,7 +139,7 @@ class ServerChannel:
         """Wait for frames or watched descriptors: (frames may be there, readable descriptors)."""
         ready = self._poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
         frames, fds = False, list[int]()
-        for item, _ in cast("list[tuple[Any, int]]", ready):
+        for item, _ in ready:
             if isinstance(item, int):
                 fds.append(item)
             elif item is self._socket:
@@ -148,13 +149,12 @@ class ServerChannel:
         return frames, fds
 
     def _authenticate(self) -> None:
-        auth = self._auth
-        if auth is None or auth.zap_socket is None:
+        auth, zap = self._auth, self._zap
+        if auth is None or zap is None:
             return
-        while auth.zap_socket.poll(0):
-            message = cast("list[bytes]", auth.zap_socket.recv_multipart())
+        while zap.poll(0):
             # A coroutine that awaits nothing: the callback above answers at once.
-            step = cast("Any", auth.handle_zap_message(message))
+            step = cast("Any", auth.handle_zap_message(zap.recv_multipart()))
             try:
                 step.send(None)
             except StopIteration:
@@ -184,7 +184,7 @@ class ServerChannel:
     def close(self) -> None:
         if self._auth is not None:
             self._auth.stop()
-            self._auth = None
+            self._auth = self._zap = None
         self._socket.close(linger=0)
         self._context.term()
 
@@ -193,7 +193,7 @@ class ClientChannel:
     """One socket of a worker. Contexts are shared within a process."""
 
     def __init__(self, endpoint: Endpoint, identity: bytes, *, max_bytes: int) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = _process_context().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + _MAX_SLACK)
         self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
@@ -215,7 +215,7 @@ class ClientChannel:
     def send(self, frame: bytes) -> None:
         """Send, waiting a bounded time for room. Raises ProtocolError when the supervisor stopped reading."""
         try:
-            self._socket.send(frame, copy=len(frame) < 65536)
+            self._socket.send(frame, 0, len(frame) < 65536)
         except zmq.Again:
             raise ProtocolError("the supervisor has stopped reading this worker's messages") from None
 
@@ -236,4 +236,9 @@ class ClientChannel:
     @staticmethod
     def terminate() -> None:
         """End this process's context, once all its sockets are closed and their last frames are gone."""
-        zmq.Context.instance().term()
+        _process_context().term()
+
+
+def _process_context() -> zmq.Context[zmq.Socket[bytes]]:
+    context: zmq.Context[zmq.Socket[bytes]] = cast("Any", zmq.Context).instance()
+    return context

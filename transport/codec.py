@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import traceback
 from collections.abc import Sequence
 
 from legion_shm.errors import ProtocolError, UnsupportedValue
@@ -121,6 +122,22 @@ def decode(
     and `UnsupportedValue` for a tensor of a device that this process hasn't, unless ``devices`` allows
     the CPU.
     """
+    try:
+        return _decode(tree, blocks, store, path, limits, devices, types)
+    except (ProtocolError, UnsupportedValue) as error:
+        _forget_frames(error)
+        raise
+
+
+def _decode(
+    tree: bytes,
+    blocks: Sequence[BlockHandle],
+    store: BlockStore,
+    path: str,
+    limits: DecodeLimits,
+    devices: DevicePolicy,
+    types: ValueTypes,
+) -> object:
     if len(blocks) > limits.max_tensors or len(set(blocks)) != len(blocks):
         raise ProtocolError(f"a value over {len(blocks)} blocks: too many, or one of them twice")
     views = [store.view(handle) for handle in blocks]
@@ -132,6 +149,13 @@ def decode(
         raise UnsupportedValue(f"{where}: {refusal.reason}", path=where) from None
     except RecursionError as error:
         raise ProtocolError("a value nested too deep for this thread's stack") from error
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop what the frames behind an error hold: someone may keep the error, and must not keep the leases."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def value_identity(tree: bytes, blocks: Sequence[BlockHandle], owned: Sequence[bool]) -> bytes | None:

@@ -169,7 +169,10 @@ class Group:
 
 
 def cluster(regions: list[Region]) -> list[Group]:
-    """Divide regions into groups, each region into one."""
+    """Divide regions into groups, each region into one; groups in the order of their first regions.
+
+    Addresses decide on no order: equal values get equal trees.
+    """
     groups: list[Group] = []
     spaces: dict[Hashable, list[Region]] = {}
     for region in regions:
@@ -183,6 +186,9 @@ def cluster(regions: list[Region]) -> list[Group]:
             groups.append(Group(members, region.low, region.high, not _is_compact(region)))
         else:
             groups.extend(_cluster_space(members))
+    if len(groups) > 1:
+        order = {id(region): number for number, region in enumerate(regions)}
+        groups.sort(key=lambda group: min(order[id(region)] for region in group.members))
     return groups
 
 

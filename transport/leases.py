@@ -7,7 +7,7 @@ says so or dies), or the supervisor's own process (results, resident tensors).
     publish ─▶ lease, lease, ... ─▶ release, ... ─▶ freed ─▶ drain_freed ─▶ the owner's arena
 
 The table also is what a handle is checked against: a handle that no live block matches to the letter is
-`InvalidHandle` (never existed) or `StaleHandle` (did).
+`InvalidHandle` (no such segment, or another size) or `StaleHandle` (no such block, or not any more).
 """
 
 from __future__ import annotations

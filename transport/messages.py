@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Union, cast, get_type_hints
+from typing import Any, ClassVar, cast, get_type_hints
 
 import msgpack
 
@@ -64,7 +64,7 @@ Handles = tuple[BlockHandle, ...]
 Flags = tuple[bool, ...]
 Names = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]
-ValueNote = tuple[str, bytes, Handles, Flags, Union[bytes, None], tuple[int, ...]]
+ValueNote = tuple[str, bytes, Handles, Flags, bytes | None, tuple[int, ...]]
 """One named value: name, codec tree, the blocks it refers to, which of these are new (of the sender's own
 arena), its identity for caches, and its `TransferStats` as numbers."""
 Values = tuple[ValueNote, ...]
@@ -356,7 +356,7 @@ def _row(*inner: _Check) -> _Check:
         items = _sequence(value)
         if len(items) != len(inner):
             raise ProtocolError(f"expected {len(inner)} items, got {len(items)}")
-        return tuple(one(item) for one, item in zip(inner, items))
+        return tuple(one(item) for one, item in zip(inner, items, strict=True))
 
     return check
 
@@ -369,7 +369,7 @@ _CHECKS: dict[Any, _Check] = {
     bytes: _BYTES,
     bool: _BOOL,
     float: _float,
-    Union[str, None]: _optional(_STR),
+    str | None: _optional(_STR),
     Handles: _many(BlockHandle.from_wire),
     Flags: _many(_BOOL),
     Names: _many(_STR),
@@ -393,7 +393,7 @@ def _pack_values(value: Any) -> object:
 
 
 _PACKERS: dict[Any, Callable[[Any], object]] = {Handles: _pack_handles, Values: _pack_values}
-_Row = tuple[str, _Check, Union[Callable[[Any], object], None]]
+_Row = tuple[str, _Check, Callable[[Any], object] | None]
 
 
 def _table() -> dict[int, tuple[type[Message], tuple[_Row, ...]]]:
@@ -421,11 +421,12 @@ def encode_message(message: Message, *, max_bytes: int) -> bytes:
     for name, _check, pack in rows:
         value = getattr(message, name)
         row.append(value if pack is None else pack(value))
-    frame = cast("bytes", msgpack.packb(row, use_bin_type=True, unicode_errors="surrogatepass"))
+    frame: bytes = msgpack.packb(row, use_bin_type=True, unicode_errors="surrogatepass")
     if len(frame) > max_bytes:
         raise MessageTooLarge(
-            f"a {type(message).__name__} message of {len(frame)} bytes exceeds max_message_bytes = {max_bytes}; "
-            "raise that setting, or pass large values as tensors, arrays or bytes through `inputs`"
+            f"a {type(message).__name__} message of {len(frame)} bytes exceeds "
+            f"max_message_bytes = {max_bytes}; raise that setting, or pass large values as tensors, arrays "
+            "or bytes through `inputs`"
         )
     return frame
 
@@ -441,7 +442,7 @@ def decode_message(frame: bytes, *, max_bytes: int) -> Message:
             strict_map_key=True,
             use_list=True,
             unicode_errors="surrogatepass",
-            max_array_len=MAX_ITEMS,
+            max_array_len=min(MAX_ITEMS, len(frame)),  # room is made before items are seen
             max_map_len=0,
             max_ext_len=0,
         )
@@ -459,7 +460,7 @@ def decode_message(frame: bytes, *, max_bytes: int) -> Message:
     if len(items) != len(rows) + 2:
         raise ProtocolError(f"{kind.__name__} has {len(rows)} fields, got {len(items) - 2}")
     try:
-        values = [check(item) for (_, check, _), item in zip(rows, items[2:])]
+        values = [check(item) for (_, check, _), item in zip(rows, items[2:], strict=True)]
     except InvalidHandle as error:
         raise InvalidHandle(f"{kind.__name__}: {error}") from None
     except ProtocolError as error:

@@ -24,7 +24,7 @@ _POLL_S = 0.005
 
 
 class _TestNode:
-    """``OPTIONS``: inputs with their types and defaults; each class has its own `run`."""
+    """``OPTIONS``: the inputs with their types, all optional; each class has its own `run`."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {}
     RETURN_TYPES: tuple[str, ...] = ("*",)
@@ -33,7 +33,7 @@ class _TestNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name
-        return {"required": dict(cls.OPTIONS), "optional": {"value": ("*", {"forceInput": True})}}
+        return {"required": {}, "optional": {**cls.OPTIONS, "value": ("*", {"forceInput": True})}}
 
     @classmethod
     def IS_CHANGED(cls, **_inputs: object) -> float:  # noqa: N802 - the protocol's name
@@ -44,11 +44,11 @@ class TestSleep(_TestNode):
     """Sleeps; ``cooperate`` looks for cancellation every few milliseconds."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {
-        "seconds": ("FLOAT", {"default": 0.1}),
-        "cooperate": ("BOOLEAN", {"default": False}),
+        "seconds": ("FLOAT",),
+        "cooperate": ("BOOLEAN",),
     }
 
-    def run(self, seconds: float, cooperate: bool, value: object = None) -> tuple[object]:
+    def run(self, seconds: float = 0.1, cooperate: bool = False, value: object = None) -> tuple[object]:
         until_s = time.monotonic() + seconds
         while cooperate and time.monotonic() < until_s:
             check_cancelled()
@@ -60,9 +60,9 @@ class TestSleep(_TestNode):
 class TestGate(_TestNode):
     """Makes the file ``entered``, then waits until the file ``go`` is there. Looks for no cancellation."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"entered": ("STRING", {}), "go": ("STRING", {})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"entered": ("STRING",), "go": ("STRING",)}
 
-    def run(self, entered: str, go: str, value: object = None) -> tuple[object]:
+    def run(self, entered: str = "", go: str = "", value: object = None) -> tuple[object]:
         Path(entered).touch()
         until_s = time.monotonic() + 60.0
         while not Path(go).exists():
@@ -75,9 +75,9 @@ class TestGate(_TestNode):
 class TestHoldGil(_TestNode):
     """Sleeps in C without giving up the interpreter's lock."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"seconds": ("FLOAT", {"default": 60.0})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"seconds": ("FLOAT",)}
 
-    def run(self, seconds: float, value: object = None) -> tuple[object]:
+    def run(self, seconds: float = 60.0, value: object = None) -> tuple[object]:
         libc = ctypes.PyDLL(None)
         for _ in range(round(seconds * 2)):  # usleep may refuse a second and more
             libc.usleep(500_000)
@@ -85,9 +85,9 @@ class TestHoldGil(_TestNode):
 
 
 class TestRaise(_TestNode):
-    OPTIONS: ClassVar[dict[str, Any]] = {"kind": ("STRING", {"default": "ValueError"}), "text": ("STRING", {})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"kind": ("STRING",), "text": ("STRING",)}
 
-    def run(self, kind: str, text: str, value: object = None) -> tuple[object]:
+    def run(self, kind: str = "ValueError", text: str = "", value: object = None) -> tuple[object]:
         import builtins
 
         raise getattr(builtins, kind)(text)
@@ -96,9 +96,9 @@ class TestRaise(_TestNode):
 class TestSignal(_TestNode):
     """Sends a signal to its own process, by name: ``SIGKILL``, ``SIGSEGV``, ``SIGABRT``, ``SIGSTOP``."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"name": ("STRING", {"default": "SIGKILL"})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"name": ("STRING",)}
 
-    def run(self, name: str, value: object = None) -> tuple[object]:
+    def run(self, name: str = "SIGKILL", value: object = None) -> tuple[object]:
         os.kill(os.getpid(), getattr(signal, name))
         return (value,)
 
@@ -107,11 +107,11 @@ class TestExit(_TestNode):
     """Ends its process; ``raising`` by SystemExit, which an engine may catch."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {
-        "code": ("INT", {"default": 7}),
-        "raising": ("BOOLEAN", {"default": False}),
+        "code": ("INT",),
+        "raising": ("BOOLEAN",),
     }
 
-    def run(self, code: int, raising: bool, value: object = None) -> tuple[object]:
+    def run(self, code: int = 7, raising: bool = False, value: object = None) -> tuple[object]:
         if raising:
             sys.exit(code)
         os._exit(code)
@@ -120,9 +120,9 @@ class TestExit(_TestNode):
 class TestDieUntil(_TestNode):
     """Kills its process, unless ``file`` has that many lines already; adds one each time."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"file": ("STRING", {}), "deaths": ("INT", {"default": 1})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"file": ("STRING",), "deaths": ("INT",)}
 
-    def run(self, file: str, deaths: int, value: object = None) -> tuple[object]:
+    def run(self, file: str = "", deaths: int = 1, value: object = None) -> tuple[object]:
         with open(file, "a+", encoding="utf-8") as log:
             log.seek(0)
             if len(log.readlines()) < deaths:
@@ -135,10 +135,10 @@ class TestDieUntil(_TestNode):
 class TestWriteInput(_TestNode):
     """Fills the tensor or array that it was given, in place; gives what was in its first element before."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"fill": ("FLOAT", {"default": 9.0})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"fill": ("FLOAT",)}
     RETURN_TYPES = ("*", "FLOAT")
 
-    def run(self, fill: float, value: Any = None) -> tuple[object, float]:
+    def run(self, fill: float = 9.0, value: Any = None) -> tuple[object, float]:
         first = float(value.reshape(-1)[0])
         value[...] = fill
         return value, first
@@ -148,12 +148,12 @@ class TestKeepOutput(_TestNode):
     """Fills the tensor that its last call gave out, in place, then gives a new one and keeps it."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {
-        "fill": ("FLOAT", {"default": 1.0}),
-        "elements": ("INT", {"default": 1 << 18}),
+        "fill": ("FLOAT",),
+        "elements": ("INT",),
     }
     _kept: ClassVar[list[Any]] = []
 
-    def run(self, fill: float, elements: int, value: Any = None) -> tuple[object]:
+    def run(self, fill: float = 1.0, elements: int = 1 << 18, value: Any = None) -> tuple[object]:
         import torch
 
         for tensor in self._kept:
@@ -167,13 +167,15 @@ class TestPrint(_TestNode):
     """Writes ``count`` lines ``text 0``, ``text 1``, ... to ``stdout``, ``stderr`` or ``log`` (a warning)."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {
-        "stream": ("STRING", {"default": "stdout"}),
-        "text": ("STRING", {"default": "line"}),
-        "count": ("INT", {"default": 1}),
-        "end": ("STRING", {"default": "\n"}),
+        "stream": ("STRING",),
+        "text": ("STRING",),
+        "count": ("INT",),
+        "end": ("STRING",),
     }
 
-    def run(self, stream: str, text: str, count: int, end: str, value: object = None) -> tuple[object]:
+    def run(
+        self, stream: str = "stdout", text: str = "line", count: int = 1, end: str = "\n", value: object = None
+    ) -> tuple[object]:
         for number in range(count):
             line = f"{text} {number}" if count > 1 else text
             if stream == "log":
@@ -186,9 +188,9 @@ class TestPrint(_TestNode):
 class TestWriteBytes(_TestNode):
     """Writes raw bytes, given in hex, to descriptor 1."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"hex": ("STRING", {})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"hex": ("STRING",)}
 
-    def run(self, hex: str, value: object = None) -> tuple[object]:  # noqa: A002 - an input's name
+    def run(self, hex: str = "", value: object = None) -> tuple[object]:  # noqa: A002 - an input's name
         data = bytes.fromhex(hex)
         while data:
             data = data[os.write(1, data) :]
@@ -198,9 +200,9 @@ class TestWriteBytes(_TestNode):
 class TestProgress(_TestNode):
     """Reports ``steps`` steps, with a preview image at the first."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"steps": ("INT", {"default": 4})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"steps": ("INT",)}
 
-    def run(self, steps: int, value: object = None) -> tuple[object]:
+    def run(self, steps: int = 4, value: object = None) -> tuple[object]:
         import torch
 
         preview(torch.zeros(1, 8, 8, 3))
@@ -213,11 +215,11 @@ class TestBig(_TestNode):
     """Gives a new float32 tensor of ``nbytes``, filled with ``fill``."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {
-        "nbytes": ("INT", {"default": 1 << 20}),
-        "fill": ("FLOAT", {"default": 1.0}),
+        "nbytes": ("INT",),
+        "fill": ("FLOAT",),
     }
 
-    def run(self, nbytes: int, fill: float, value: object = None) -> tuple[object]:
+    def run(self, nbytes: int = 1 << 20, fill: float = 1.0, value: object = None) -> tuple[object]:
         import torch
 
         return (torch.full((nbytes // 4,), fill),)
@@ -226,9 +228,9 @@ class TestBig(_TestNode):
 class TestText(_TestNode):
     """Gives text of ``length`` letters, which travels inside the message."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"length": ("INT", {"default": 10})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"length": ("INT",)}
 
-    def run(self, length: int, value: object = None) -> tuple[object]:
+    def run(self, length: int = 10, value: object = None) -> tuple[object]:
         return ("x" * length,)
 
 
@@ -253,10 +255,10 @@ class TestCounter(_TestNode):
 class TestEnviron(_TestNode):
     """An environment variable, and the number of threads that torch took from its environment."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"name": ("STRING", {})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"name": ("STRING",)}
     RETURN_TYPES = ("*", "INT")
 
-    def run(self, name: str, value: object = None) -> tuple[object, int]:
+    def run(self, name: str = "", value: object = None) -> tuple[object, int]:
         import torch
 
         return os.environ.get(name), torch.get_num_threads()
@@ -283,9 +285,9 @@ class TestPass(_TestNode):
 class TestAdd(_TestNode):
     """A new tensor: its value and ``amount``."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"amount": ("FLOAT", {"default": 1.0})}
+    OPTIONS: ClassVar[dict[str, Any]] = {"amount": ("FLOAT",)}
 
-    def run(self, amount: float, value: Any = None) -> tuple[object]:
+    def run(self, amount: float = 1.0, value: Any = None) -> tuple[object]:
         return (value + amount,)
 
 

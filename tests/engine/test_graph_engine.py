@@ -196,6 +196,34 @@ def test_async_functions_of_one_node_run_together() -> None:
     assert outcome.outputs == {"output_1": [2, 4]}
 
 
+def test_async_functions_of_one_job_share_a_loop_and_the_next_job_has_another() -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def look() -> tuple[()]:
+        loops.append(asyncio.get_running_loop())
+        return ()
+
+    looking = node_class(look, returns=(), output=True, is_async=True, IS_CHANGED=lambda **_: float("nan"))
+    with engine_with({"Look": looking}) as harness:
+        for _ in range(2):
+            harness.run({"1": node("Look"), "2": node("Look")})
+        assert loops[0] is loops[1]
+        assert loops[1] is not loops[2]
+        assert all(loop.is_closed() for loop in loops)
+
+
+def test_a_task_that_a_node_left_behind_ends_with_the_job() -> None:
+    left: list[asyncio.Task[None]] = []
+
+    async def leave() -> tuple[()]:
+        left.append(asyncio.create_task(asyncio.sleep(60)))
+        return ()
+
+    with engine_with({"Leave": node_class(leave, returns=(), output=True, is_async=True)}) as harness:
+        harness.run({"1": node("Leave")})
+        assert left[0].cancelled()
+
+
 def test_a_failing_async_function_ends_the_others() -> None:
     ended: list[str] = []
 

@@ -37,7 +37,9 @@ def round_trip(value: object, store: FakeStore | None = None, **options: Any) ->
     return round_trip_both(value, store, **options)[0]
 
 
-def round_trip_both(value: object, store: FakeStore | None = None, **options: Any) -> tuple[Any, EncodedValue]:
+def round_trip_both(
+    value: object, store: FakeStore | None = None, **options: Any
+) -> tuple[Any, EncodedValue]:
     store = store or FakeStore()
     encoded = encode(value, store, **options)
     return decode(encoded.tree, encoded.blocks, store), encoded
@@ -48,7 +50,8 @@ def bits(tensor: torch.Tensor) -> bytes:
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.numel() == 0:
         return b""
-    dense = plain.view(_BITS[plain.dtype.itemsize]).contiguous().reshape(-1)
+    elements = plain.view(_BITS[plain.dtype.itemsize]).reshape(-1)
+    dense = torch.empty(elements.shape, dtype=elements.dtype, device="cpu").copy_(elements)
     return dense.view(torch.uint8).numpy().tobytes()
 
 
@@ -132,7 +135,8 @@ def touched(memory: Any) -> list[int]:
         address, itemsize, shape = memory.ctypes.data, memory.itemsize, memory.shape
         strides = memory.strides
     starts = [
-        address + sum(i * step for i, step in zip(index, strides, strict=True)) for index in np.ndindex(*shape)
+        address + sum(i * step for i, step in zip(index, strides, strict=True))
+        for index in np.ndindex(*shape)
     ]
     return [start + i for start in starts for i in range(itemsize)]
 
@@ -153,7 +157,9 @@ def assert_same_sharing(sent: Any, got: Any) -> None:
     sent_leaves, got_leaves = leaves(sent), leaves(got)
     assert pattern([id(leaf) for leaf in sent_leaves]) == pattern([id(leaf) for leaf in got_leaves])
     ours = [touched(leaf) for leaf in sent_leaves if not is_resolved(leaf)]
-    theirs = [touched(leaf) for leaf, other in zip(got_leaves, sent_leaves, strict=True) if not is_resolved(other)]
+    theirs = [
+        touched(leaf) for leaf, other in zip(got_leaves, sent_leaves, strict=True) if not is_resolved(other)
+    ]
     assert pattern(sum(ours, [])) == pattern(sum(theirs, []))
 
 
@@ -210,11 +216,30 @@ _SCALARS = (
     | st.text(max_size=100)
     | st.builds(slice, st.none() | st.integers(), st.integers(), st.none() | _TEXTS)
     | st.builds(range, st.integers(), st.integers(), st.integers(1, 9))
-    | st.sampled_from([np.float32(1.5), np.datetime64("NaT"), np.str_("a\0"), np.bytes_(b"a\0"), np.bool_(True)])
+    | st.sampled_from(
+        [np.float32(1.5), np.datetime64("NaT"), np.str_("a\0"), np.bytes_(b"a\0"), np.bool_(True)]
+    )
 )
 
 _NUMPY_DTYPES = st.sampled_from(
-    ["?", "<i1", ">i2", "<u8", "<f2", ">f8", "<c16", "g", "S3", "<U2", ">U2", "M8[25s]", "<m8", "V5", "q", "S0"]
+    [
+        "?",
+        "<i1",
+        ">i2",
+        "<u8",
+        "<f2",
+        ">f8",
+        "<c16",
+        "g",
+        "S3",
+        "<U2",
+        ">U2",
+        "M8[25s]",
+        "<m8",
+        "V5",
+        "q",
+        "S0",
+    ]
     + [
         [("a", "<i4"), ("b", ">f8", (2, 2))],
         [("x", [("y", "M8[ns]"), ("z", "S0")]), ("w", "?")],
@@ -225,7 +250,9 @@ _NUMPY_DTYPES = st.sampled_from(
 
 def _tensor(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
     count = math.prod(shape) * dtype.itemsize
-    raw = torch.randint(0, 256, (max(count, 1),), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    raw = torch.randint(
+        0, 256, (max(count, 1),), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     if dtype is torch.bool:
         raw = raw % 2
     return raw[:count].clone().view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
@@ -233,7 +260,9 @@ def _tensor(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
 
 def _array(dtype: Any, shape: list[int], seed: int) -> Any:
     dtype = np.dtype(dtype)
-    raw = np.random.default_rng(seed).integers(0, 128, max(1, math.prod(shape) * dtype.itemsize), dtype=np.uint8)
+    raw = np.random.default_rng(seed).integers(
+        0, 128, max(1, math.prod(shape) * dtype.itemsize), dtype=np.uint8
+    )
     if dtype.char in "?U" or dtype.names:
         raw[:] = 0
     return np.ndarray(tuple(shape), dtype, buffer=raw)
@@ -299,7 +328,9 @@ def values(draw: st.DrawFn) -> Sample:
         for _ in range(draw(st.integers(1, 3)))
     ]
     bases += [draw(st.builds(_array, _NUMPY_DTYPES, _SHAPES, seeds)) for _ in range(draw(st.integers(0, 2)))]
-    bases += [base.numpy() for base in bases if isinstance(base, torch.Tensor) and base.dtype is torch.float32]
+    bases += [
+        base.numpy() for base in bases if isinstance(base, torch.Tensor) and base.dtype is torch.float32
+    ]
     # By number: hypothesis prints what it draws from, and torch can't print each dtype.
     numbers = st.integers(0, len(bases) - 1)
     pieces = [draw(_views(bases, draw(numbers))) for _ in range(draw(st.integers(0, 6)))]
@@ -311,11 +342,13 @@ def values(draw: st.DrawFn) -> Sample:
     value = draw(
         st.recursive(
             leaf,
-            lambda inner: st.lists(inner, max_size=5)
-            | st.lists(inner, max_size=4).map(tuple)
-            | st.dictionaries(_KEYS, inner, max_size=4)
-            | st.dictionaries(_KEYS, inner, max_size=3).map(OrderedDict)
-            | st.sets(_KEYS, max_size=4),
+            lambda inner: (
+                st.lists(inner, max_size=5)
+                | st.lists(inner, max_size=4).map(tuple)
+                | st.dictionaries(_KEYS, inner, max_size=4)
+                | st.dictionaries(_KEYS, inner, max_size=3).map(OrderedDict)
+                | st.sets(_KEYS, max_size=4)
+            ),
             max_leaves=12,
         )
     )

@@ -1,0 +1,58 @@
+"""From a spec as it was written to the spec that a worker is started from.
+
+Owns what can be known of a spec in the caller's process: which engine ``auto`` means here, and whether the
+paths in it exist. It starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from legion_shm.comfy_location import find_comfyui, not_found_message
+from legion_shm.config import WorkerSpec
+from legion_shm.errors import ConfigError
+
+__all__ = ["resolve_spec"]
+
+
+def resolve_spec(spec: WorkerSpec) -> WorkerSpec:
+    """The spec with its engine decided: ``auto`` is comfy where a ComfyUI is found, else graph.
+
+    Raises ConfigError where ``comfy`` is asked for and none is found, and for a path that is not there.
+    """
+    _check_paths(spec)
+    modules = tuple(_module_path(module) for module in spec.node_modules)
+    if modules != tuple(spec.node_modules):
+        spec = spec.model_copy(update={"node_modules": modules})
+    if spec.engine == "graph":
+        return spec
+    found = find_comfyui(spec.comfyui_path, {**os.environ, **spec.env})
+    if found is None:
+        if spec.engine == "comfy":
+            raise ConfigError(not_found_message(), key="comfyui_path")
+        return spec.model_copy(update={"engine": "graph"})
+    return spec.model_copy(update={"engine": "comfy", "comfyui_path": str(found.path)})
+
+
+def _check_paths(spec: WorkerSpec) -> None:
+    executable = spec.python_executable
+    if executable is not None and shutil.which(executable) is None:
+        raise ConfigError(
+            f"python_executable: {executable!r} is not a program that can be run; give the path of a Python "
+            "that has legion_shm installed, or leave it out to use this one",
+            key="python_executable",
+        )
+    if spec.working_dir is not None and not Path(spec.working_dir).is_dir():
+        raise ConfigError(f"working_dir: {spec.working_dir!r} is not a folder", key="working_dir")
+
+
+def _module_path(module: str) -> str:
+    """A path of a node module made absolute, for the worker's folder may be another; names stay names."""
+    if os.sep not in module and not module.endswith(".py"):
+        return module
+    path = Path(module).expanduser()
+    if not path.exists():
+        raise ConfigError(f"node_modules: there is nothing at {module!r}", key="node_modules")
+    return str(path.absolute())

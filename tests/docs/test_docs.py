@@ -1,0 +1,51 @@
+"""The documents say what is there: exports, messages, settings, examples, links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import legion_shm
+from legion_shm.transport.messages import MESSAGES
+
+REPO = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
+
+
+def text(name: str) -> str:
+    return (REPO / name).read_text(encoding="utf-8")
+
+
+def test_every_export_is_in_the_list_of_exports_and_nothing_else_is() -> None:
+    rows = [line for line in text("docs/api.md").splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert listed == set(legion_shm.__all__)
+
+
+def test_every_message_is_in_the_protocol_with_its_code() -> None:
+    rows = re.findall(r"^\| (\d+) \| (\w+) \|", text("docs/protocol.md"), re.MULTILINE)
+    assert {int(code): name for code, name in rows} == {
+        code: kind.__name__ for code, (kind, _) in MESSAGES.items()
+    }
+
+
+def test_the_examples_are_those_that_are_tested() -> None:
+    examples = {path.stem for path in (REPO / "examples").glob("*.py")}
+    assert examples == {
+        "plain_script",
+        "several_workers",
+        "web_service",
+        "own_nodes",
+        "my_nodes",
+        "notebook_session",
+    }
+    assert "examples/" in text("README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
