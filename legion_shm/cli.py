@@ -108,7 +108,7 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str
 
 _RUN_EPILOG = """\b
 Examples:
-  legion run upscale.json --input 1=photo.png --output 1=large.png
+  legion run upscale.json --input 1=photo.png --input 2=1.5 --output 1=large.png
   legion run blend.json --input image=photo.jpg --input strength=0.5 --output image=out.webp
   legion run nodes.json --node-module ./my_nodes.py --input 1=@x.npy --output 1=y.safetensors
   legion run stats.json --input 1=photo.png --output 1=- | jq .

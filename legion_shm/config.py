@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -173,7 +172,7 @@ class WorkerSpec(_Settings):
             env[name] = str(content)
         return dict(sorted(env.items()))
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Equal for equal specs: what decides whether two jobs may share a worker."""
         return hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest()

@@ -210,9 +210,8 @@ class ComfyEngine:
         if job.blocked is not None:
             raise execution_failure(job.job_id, job.blocked)
         if not executor.success:
-            raise JobFailed(
-                f"ComfyUI did not finish job {job.job_id}, and did not say why", job_id=job.job_id
-            )
+            text = f"ComfyUI did not finish job {job.job_id}, and did not say why"
+            raise JobFailed(text, job_id=job.job_id)
 
     # --- validation ---------------------------------------------------------------------------------
 

@@ -70,8 +70,7 @@ def read_arguments(arguments: Sequence[str]) -> GivenArguments:
         given = GivenArguments(module.parser, arguments)
     finally:
         del sys.modules["comfy.cli_args"]
-        with contextlib.suppress(AttributeError):
-            del sys.modules["comfy"].cli_args  # type: ignore[attr-defined]  # set by the import
+        vars(sys.modules["comfy"]).pop("cli_args", None)
     for name in _REFUSED:
         if given.given(name):
             option = "--" + name.replace("_", "-")
@@ -82,7 +81,7 @@ def read_arguments(arguments: Sequence[str]) -> GivenArguments:
 
 
 def headless_arguments(given: GivenArguments, *, temp: Path, accelerator: bool) -> list[str]:
-    """The whole command line. ``temp`` is this worker's own folder: ComfyUI empties its temp when it starts."""
+    """The whole command line. ``temp`` is this worker's own folder: ComfyUI empties its temp at its start."""
     front_end = temp / "frontend"
     front_end.mkdir(exist_ok=True)
     added: list[tuple[str, ...]] = [

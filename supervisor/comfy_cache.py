@@ -10,8 +10,11 @@ of blocks that are leased from another process: kept, they would fill that proce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
+
+from legion_shm.workflow import is_link
 
 __all__ = ["forget_spent_entries"]
 
@@ -56,11 +59,7 @@ def _never_again(prompt: Any, node_ids: list[str]) -> set[str]:
         if _holds_nan(node.get("is_changed")):
             stack.append(node_id)
         for value in node.get("inputs", {}).values():
-            if (
-                isinstance(value, list)
-                and len(cast("list[object]", value)) == 2
-                and isinstance(value[0], str)
-            ):
+            if is_link(value):
                 readers.setdefault(value[0], []).append(node_id)
     found: set[str] = set()
     while stack:
@@ -73,7 +72,7 @@ def _never_again(prompt: Any, node_ids: list[str]) -> set[str]:
 
 def _holds_nan(value: object, depth: int = 0) -> bool:
     if isinstance(value, float):
-        return value != value  # noqa: PLR0124 - what NaN is
+        return math.isnan(value)
     if isinstance(value, (list, tuple)) and depth < _DEPTH_SEARCHED:
         return any(_holds_nan(item, depth + 1) for item in cast("list[object]", value))
     return False
@@ -102,11 +101,9 @@ def _forget(cache: Any, node_id: str) -> None:
     if key is None:
         return
     for name in _PER_KEY:
-        table = getattr(part, name, None)
-        if isinstance(table, dict):
-            table.pop(key, None)
-    subcaches = getattr(part, "subcaches", None)
-    if isinstance(subcaches, dict):
+        cast("dict[Any, Any]", getattr(part, name, {})).pop(key, None)
+    subcaches = cast("dict[Any, Any]", getattr(part, "subcaches", {}))
+    if subcaches:
         subcaches.pop(part.cache_key_set.get_subcache_key(node_id), None)
 
 
@@ -132,4 +129,4 @@ def _storages(value: object, depth: int) -> set[int]:
         items = list(cast("list[object]", value))
     else:
         return set()
-    return set().union(*(_storages(item, depth + 1) for item in items))
+    return {address for item in items for address in _storages(item, depth + 1)}

@@ -1,6 +1,6 @@
 """One job inside ComfyUI: what ComfyUI says while it runs, as events, and how it is interrupted.
 
-Owns the current job's counts and its way to stop. ComfyUI speaks through three mouths, and all three end here:
+Owns the current job's counts and its way to stop. ComfyUI speaks in three ways, and all end here:
 
     progress registry   start, update (with previews), finish   ─▶ node, progress, preview
     server.send_sync    execution_start, execution_cached, ...  ─▶ cached nodes, blocked executions
@@ -86,10 +86,9 @@ class Relay:
     def __init__(self, interrupt_processing: Callable[[bool], None], interruption: type[Exception]) -> None:
         """``interruption`` is the exception by which ComfyUI's nodes are stopped."""
         self.job: ComfyJob | None = None
-        self.interruption = cast(
-            "type[JobCancelled]",
-            type("JobInterrupted", (JobCancelled, interruption), {"__module__": __name__}),
-        )
+        kinds = (JobCancelled, interruption)
+        made = type("JobInterrupted", kinds, {"__module__": __name__})
+        self.interruption = cast("type[JobCancelled]", made)
         self._interrupt_processing = interrupt_processing
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,19 +96,13 @@ class Relay:
         self._registry: Any = None
 
     def interrupt(self) -> None:
-        """Stop the current job, whose flag has been set: by ComfyUI's own flag, and where async nodes are awaited."""
+        """Stop the current job, which was told so: by ComfyUI's flag, and where async nodes are awaited."""
         self._interrupt_processing(True)
         with self._lock:
             if self._loop is not None and self._task is not None:
                 # Where a node runs this arrives after it, when the task has seen the flag and is done.
                 with contextlib.suppress(RuntimeError):  # the loop was closed just now
                     self._loop.call_soon_threadsafe(self._task.cancel)
-
-    def _insist(self) -> None:
-        """Set ComfyUI's flag again: it is cleared when a prompt starts, and by a node that swallows it."""
-        job = self.job
-        if job is not None and job.cancelled:
-            self._interrupt_processing(True)
 
     # --- ComfyUI's prompt server --------------------------------------------------------------------
 
@@ -119,7 +112,8 @@ class Relay:
         if job is None:
             return
         if event == "execution_start":
-            self._insist()
+            if job.cancelled:
+                self._interrupt_processing(True)  # just now ComfyUI cleared it, and an early one with it
         elif event == "execution_cached":
             job.note_cached(list(data["nodes"]))
         elif event == "execution_error" and data.get("exception_type") == "ExecutionBlocked":
@@ -136,12 +130,12 @@ class Relay:
 
         class LegionProgressHandler(base):  # type: ignore[misc]  # ComfyUI's class is Any here
             def set_registry(self, registry: Any) -> None:
-                super().set_registry(registry)
+                cast("Any", super()).set_registry(registry)
                 relay._registry = registry
 
             def start_handler(self, node_id: str, *_more: object, **_named: object) -> None:
-                relay._insist()
                 if relay.job is not None:
+                    relay.job.check_cancelled()  # again: a node before this one may have swallowed it
                     relay.job.note_started(node_id)
 
             def update_handler(
@@ -151,7 +145,7 @@ class Relay:
                 max_value: float,
                 state: object = None,
                 prompt_id: object = None,
-                image: object = None,
+                image: Any = None,
                 **_named: object,
             ) -> None:
                 relay.updated(node_id, value, max_value, image)
@@ -162,7 +156,7 @@ class Relay:
 
         return LegionProgressHandler
 
-    def updated(self, node_id: str, value: float, total: float, image: object) -> None:
+    def updated(self, node_id: str, value: float, total: float, image: Any) -> None:
         job = self.job
         if job is None:
             return
@@ -170,9 +164,7 @@ class Relay:
         shown = self.shown_node(node_id)
         job.events.progress(shown, float(value), float(total))
         if image is not None:  # ("JPEG", PIL image, longest side to send)
-            job.events.preview(
-                shown, cast("tuple[Any, ...]", image)[1] if isinstance(image, tuple) else image
-            )
+            job.events.preview(shown, cast("Any", image)[1] if isinstance(image, tuple) else image)
 
     def shown_node(self, node_id: str | None) -> str | None:
         """The node of the submitted workflow that stands for ``node_id``, or for the caller's own node."""
@@ -201,5 +193,5 @@ class Relay:
 
     @property
     def prompt_nodes(self) -> Any:
-        """ComfyUI's DynamicPrompt of the job that ran last, expanded nodes included; None before the first."""
+        """ComfyUI's DynamicPrompt of the job that ran last, with expanded nodes; None before the first."""
         return None if self._registry is None else self._registry.dynprompt

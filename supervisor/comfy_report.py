@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from legion_shm.errors import InvalidWorkflow, JobFailed, LegionError
 from legion_shm.supervisor.graph_problems import Problem, refuse
+from legion_shm.workflow import is_link
 
 __all__ = ["bad_slots", "execution_failure", "refuse_invalid"]
 
@@ -25,16 +26,13 @@ def bad_slots(prompt: Mapping[str, Mapping[str, Any]], classes: Mapping[str, Any
     problems: list[Problem] = []
     for node_id, node in prompt.items():
         for name, value in node["inputs"].items():
-            if not isinstance(value, list) or len(cast("list[object]", value)) != 2 or value[0] not in prompt:
+            if not is_link(value) or value[0] not in prompt:
                 continue
-            source, slot = cast("tuple[str, object]", value)
+            source, slot = cast("list[Any]", value)
             class_type = str(prompt[source]["class_type"])
-            types = getattr(classes.get(class_type), "RETURN_TYPES", None)
-            if isinstance(types, (tuple, list)) and isinstance(slot, int) and not 0 <= slot < len(types):
-                outputs = len(cast("Sequence[object]", types))
-                detail = (
-                    f"node {source} ({class_type}) has no output {slot}; it has {outputs}, counted from 0"
-                )
+            types = cast("Sequence[object]", getattr(classes.get(class_type), "RETURN_TYPES", None) or ())
+            if types and isinstance(slot, int) and not 0 <= slot < len(types):
+                detail = f"node {source} ({class_type}) has no output {slot}; it has {len(types)}, from 0 on"
                 problems.append(Problem("bad_linked_input", detail, node_id, str(node["class_type"]), name))
     return problems
 
@@ -116,9 +114,8 @@ def _inputs(values: object) -> str:
     named = cast("Mapping[object, object]", values)
     for name, items in list(named.items())[:_INPUTS_SHOWN]:
         listed = cast("list[object]", items) if isinstance(items, list) else [items]
-        text = (
-            f"{name}: " + ("" if len(listed) == 1 else f"{len(listed)} items: ") + ", ".join(map(str, listed))
-        )
+        count = "" if len(listed) == 1 else f"{len(listed)} items: "
+        text = f"{name}: {count}{', '.join(map(str, listed))}"
         lines.append(text if len(text) <= _LINE_CHARS else text[: _LINE_CHARS - 3] + "...")
     if len(named) > _INPUTS_SHOWN:
         lines.append(f"... and {len(named) - _INPUTS_SHOWN} more inputs")

@@ -26,7 +26,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from legion_shm.errors import ConfigError, StartupError
 from legion_shm.supervisor.comfy_args import accelerator_found, headless_arguments, read_arguments
@@ -85,7 +85,7 @@ class HeadlessComfy:
 
 
 def start_headless(root: Path, extra_args: Sequence[str]) -> HeadlessComfy:
-    """Start the ComfyUI in ``root``. ConfigError for arguments it refuses, StartupError where it cannot start.
+    """Start the ComfyUI in ``root``. ConfigError for arguments it refuses, StartupError where it can't start.
 
     To be called once in a process, on its main thread, before anything has loaded torch.
     """
@@ -99,7 +99,8 @@ def start_headless(root: Path, extra_args: Sequence[str]) -> HeadlessComfy:
     except SystemExit as error:
         temp.close()
         raise StartupError(
-            f"the ComfyUI in {root} ended itself while it started (exit code {error.code!r}); its last lines say why"
+            f"the ComfyUI in {root} ended itself while it started (exit code {error.code!r}); "
+            "its last lines of output say why"
         ) from error
     except BaseException:
         temp.close()
@@ -111,8 +112,8 @@ def _start(root: Path, temp: _Temp) -> HeadlessComfy:
         main = _load_main(root)
     start = _need(root, main, "start_comfyui")
     prompt_worker = _need(root, main, "prompt_worker")
-    execution, nodes, server, management = (
-        importlib.import_module(name) for name in ("execution", "nodes", "server", "comfy.model_management")
+    execution, nodes, server, management = map(
+        _module, ("execution", "nodes", "server", "comfy.model_management")
     )
     relay = Relay(
         _need(root, nodes, "interrupt_processing"), _need(root, management, "InterruptProcessingException")
@@ -180,13 +181,17 @@ def _is_last_block(statement: ast.stmt) -> bool:
     )
 
 
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
 def _need(root: Path, module: Any, name: str) -> Any:
     try:
         return getattr(module, name)
     except AttributeError:
         raise StartupError(
-            f"the ComfyUI in {root} has no {module.__name__}.{name}, by which Legion drives it; versions from "
-            "0.3.64 on have it, so update that ComfyUI, or point comfyui_path to another one"
+            f"the ComfyUI in {root} has no {module.__name__}.{name}, by which Legion drives it; versions "
+            "from 0.3.64 on have it: update that ComfyUI, or point comfyui_path to another one"
         ) from None
 
 
@@ -198,18 +203,19 @@ def _no_second_console() -> Any:
     yield
     if not before:
         return
-    files = False
+    files, level = False, 0
     for handler in [handler for handler in root.handlers if handler not in before]:
         if isinstance(handler, logging.FileHandler):
             files = True
         elif isinstance(handler, logging.StreamHandler):
-            root.removeHandler(handler)
-            if handler.level and not files:
-                root.setLevel(handler.level)
+            root.removeHandler(cast("logging.Handler", handler))
+            level = max(level, handler.level)
+    if level and not files:
+        root.setLevel(level)  # it was lowered for a file that nobody asked for
 
 
 def _silence(prompt_server: Any, relay: Relay) -> None:
-    """The class stays ComfyUI's own, for custom nodes know it; what it would send and serve goes no further."""
+    """The class stays ComfyUI's own, which custom nodes know; what it would send or serve goes no further."""
 
     def send_sync(_self: Any, event: object, data: Any, _sid: object = None) -> None:
         relay.message(event, data)

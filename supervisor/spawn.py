@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.context import SpawnProcess, set_spawning_popen
-from multiprocessing.popen_spawn_posix import Popen as SpawnPopen
+from multiprocessing.popen_spawn_posix import Popen as SpawnPopen  # none on Windows: see README, Limits
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -270,6 +270,10 @@ def _own_path(executable: str) -> tuple[str, ...]:
     return ()
 
 
+def _descriptor_sockets() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 def _exit_fd(process: WorkerProcess) -> int:
     """A descriptor that becomes readable when the process ends: a pidfd, or a copy of spawn's sentinel."""
     if hasattr(os, "pidfd_open"):
@@ -292,14 +296,16 @@ def spawn_worker(
         out_r, out_w = _pipe(resources, childs)
         err_r, err_w = _pipe(resources, childs)
         death_r, death_w = _pipe(childs, resources)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        resources.callback(ours.close)
-        childs.callback(theirs.close)
+        ours, theirs = _descriptor_sockets() if config.segments == "memfd" else (None, None)
+        for end, owner in ((ours, resources), (theirs, childs)):
+            if end is not None:
+                end.setblocking(False)
+                owner.callback(end.close)
+        descriptor_fd = -1 if theirs is None else theirs.fileno()
         remember_for_fork(death_w)
         resources.callback(forget_after_fork, death_w)
         os.set_blocking(out_r, False)
         os.set_blocking(err_r, False)
-        ours.setblocking(False)
         launch = _Launch(
             executable=executable,
             flags=tuple(subprocess._args_from_interpreter_flags()) if same else (),  # type: ignore[attr-defined]
@@ -308,9 +314,9 @@ def spawn_worker(
             working_dir=working_dir or os.getcwd(),
             stdout=out_w,
             stderr=err_w,
-            pass_fds=(death_r, theirs.fileno()),
+            pass_fds=tuple(fd for fd in (death_r, descriptor_fd) if fd >= 0),
         )
-        config = replace(config, death_fd=death_r, descriptor_fd=theirs.fileno())
+        config = replace(config, death_fd=death_r, descriptor_fd=descriptor_fd)
         process = WorkerProcess(config, launch)
         process.start()
         pid = process.pid or 0

@@ -67,7 +67,7 @@ class Reader:
         self._remaining = limits.max_tensors
         self._next = iter(tokens).__next__
         count = self._next()
-        if type(count) is not int or not 0 <= count <= min(len(tokens), limits.max_tensors):
+        if type(count) is not int or not 0 <= count <= min(len(tokens) - 1, limits.max_tensors):
             raise ProtocolError(f"a value can't have {count!r:.40} buffers")
         inline = limits.max_inline_bytes
         self._copyable = inline + sum(block.nbytes for block in blocks)

@@ -78,8 +78,11 @@ READ_ONLY: Final = 1
 DEPTH_CEILING: Final = 200
 """Both walks take three Python frames per level; the default recursion limit is 1000."""
 
+MAX_DIMS: Final = 64
+"""numpy's bound, and that of torch's operators."""
+
 MAX_TOKEN_FIELDS: Final = 1024
-"""Of one token: shapes have up to 64 dimensions, structured dtypes a field per column."""
+"""Of one token: a structured dtype has as many names as fields."""
 
 INT_MIN: Final = -(2**63)
 INT_MAX: Final = 2**64 - 1
@@ -111,8 +114,11 @@ def is_list_of(kind: type, value: object) -> bool:
 
 
 def are_sizes(shape: object) -> bool:
-    """Whether that is a list of sizes, each of which fits into 63 bits."""
-    return is_list_of(int, shape) and all(0 <= size <= SIZE_MAX for size in cast("list[int]", shape))
+    """Whether that is a list of sizes for at most `MAX_DIMS` dimensions, each of which fits into 63 bits."""
+    if not is_list_of(int, shape):
+        return False
+    sizes = cast("list[int]", shape)
+    return len(sizes) <= MAX_DIMS and all(0 <= size <= SIZE_MAX for size in sizes)
 
 
 def pack_token(token: object) -> bytes:

@@ -10,6 +10,7 @@ its lease when the last tensor, storage or numpy view of it is gone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -180,12 +181,16 @@ def _plan_strided(planner: Planner, value: torch.Tensor, flags: int) -> None:
             raise Refusal(str(error.args[0])) from error
     shape = list(value.shape)
     strides = list(value.stride())
+    if len(shape) > wire.MAX_DIMS:
+        raise Refusal(f"this tensor has more than {wire.MAX_DIMS} dimensions; reshape() it")
     name = _DTYPE_NAMES[value.dtype]
     token: Token = [wire.TENSOR, name, shape, strides, None, 0, flags]
     if device is not None:
         token.extend(device)
     planner.tokens.append(token)
     if not value.numel():
+        if _extent(shape) * _ITEMSIZES[name] > wire.SIZE_MAX:
+            raise Refusal(f"this tensor is empty, but its shape {tuple(shape)} has sizes beyond all memory")
         return
     itemsize = _ITEMSIZES[name]
     address = value.data_ptr()
@@ -207,6 +212,11 @@ def _plan_strided(planner: Planner, value: torch.Tensor, flags: int) -> None:
     if not address or region.low < start or region.high > start + storage.nbytes():
         raise Refusal("this tensor has no memory, or its storage has been freed or resized; clone() it")
     planner.add_region(region)
+
+
+def _extent(shape: list[int]) -> int:
+    """The product of the sizes that are not 0: torch multiplies them, in 63 bits, also for empty tensors."""
+    return math.prod(size for size in shape if size)
 
 
 def _plan_sparse(planner: Planner, value: torch.Tensor, flags: int, depth: int) -> None:
@@ -284,7 +294,7 @@ def _read_tensor(reader: Reader, token: Token, depth: int, _hashed: bool) -> Any
     for size, stride in zip(shape, strides, strict=True):
         numel *= size
         last += (size - 1) * stride
-    if numel * itemsize > wire.SIZE_MAX:
+    if (numel or _extent(shape)) * itemsize > wire.SIZE_MAX:
         raise ProtocolError(f"a tensor of {numel} elements")
     device = None if device_id is None else _locate(reader, *device_id)
     dtype = _DTYPES[name]
@@ -413,8 +423,10 @@ def _read_dtype(_reader: Reader, token: Token, _depth: int, _hashed: bool) -> An
 
 def _read_device(_reader: Reader, token: Token, _depth: int, _hashed: bool) -> Any:
     (text,) = fields(token, 1)
+    if type(text) is not str:
+        raise ProtocolError("a torch.device without its text")
     try:
-        return torch.device(text) if type(text) is str else None
+        return torch.device(text)
     except Exception as error:
         raise ProtocolError(f"not a torch.device: {text!r:.40}") from error
 

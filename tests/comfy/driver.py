@@ -49,7 +49,9 @@ class Events:
 _jobs = 0
 
 
-def request(prompt: dict[str, Any], inputs: dict[str, Any] | None = None, **identities: bytes | None) -> JobRequest:
+def request(
+    prompt: dict[str, Any], inputs: dict[str, Any] | None = None, **identities: bytes | None
+) -> JobRequest:
     global _jobs
     _jobs += 1
     digest = hashlib.sha256(json.dumps(prompt).encode()).digest()
@@ -134,7 +136,9 @@ def scenario_passthrough(engine: ComfyEngine) -> Any:
         "input_12": 2.5,
     }
     links = {f"input_{n}": ["0", n - 1] for n in (1, 2, 3, 12, 4)}
-    outputs = run(engine, request({"0": node("LegionImporter"), "1": node("LegionExporter", **links)}, values)).outputs
+    outputs = run(
+        engine, request({"0": node("LegionImporter"), "1": node("LegionExporter", **links)}, values)
+    ).outputs
     return {
         "tensor": bool(torch.equal(outputs["output_1"], values["input_1"])),  # type: ignore[arg-type]
         "latent": outputs["output_2"] is values["input_2"],
@@ -153,7 +157,9 @@ def scenario_named_channels(engine: ComfyEngine) -> Any:
         "4": node("LegionOutput", name="b", value=["2", 0]),
     }
     outcome = run(engine, request(prompt, {"left": 7}))
-    missing = failure(engine, {"1": node("LegionInput", name="nobody"), "2": node("LegionOutput", value=["1", 0], name="x")})
+    missing = failure(
+        engine, {"1": node("LegionInput", name="nobody"), "2": node("LegionOutput", value=["1", 0], name="x")}
+    )
     twice = failure(
         engine,
         {
@@ -172,7 +178,9 @@ def scenario_core_nodes(engine: ComfyEngine) -> Any:
         "0": node("LegionImporter"),
         "1": node("EmptyImage", width=32, height=16, batch_size=2, color=0xFF0000),
         "2": node("ImageInvert", image=["1", 0]),
-        "3": node("ImageScale", image=["2", 0], upscale_method="nearest-exact", width=8, height=8, crop="disabled"),
+        "3": node(
+            "ImageScale", image=["2", 0], upscale_method="nearest-exact", width=8, height=8, crop="disabled"
+        ),
         "4": node("EmptyLatentImage", width=64, height=64, batch_size=1),
         "5": node("LatentBlend", samples1=["0", 0], samples2=["4", 0], blend_factor="0.75"),
         "6": node("LegionExporter", input_1=["3", 0], input_2=["5", 0], data_exchange_root=["0", 12]),
@@ -243,15 +251,23 @@ def scenario_validation(engine: ComfyEngine) -> Any:
     }
     return {
         "several": refusal(engine, several),
-        "unknown class": refusal(engine, {"0": node("LegionImporter"), "7": node("NoSuchNode", image=["0", 0])}),
+        "unknown class": refusal(
+            engine, {"0": node("LegionImporter"), "7": node("NoSuchNode", image=["0", 0])}
+        ),
         "no output": refusal(engine, {"0": node("LegionImporter")}),
         "wrong type": refusal(
             engine,
-            {"1": node("EmptyLatentImage", width=64, height=64, batch_size=1), "2": node("PreviewImage", images=["1", 0])},
+            {
+                "1": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+                "2": node("PreviewImage", images=["1", 0]),
+            },
         ),
         "wrong slot": refusal(
             engine,
-            {"1": node("EmptyImage", width=8, height=8, batch_size=1, color=0), "2": node("PreviewImage", images=["1", 3])},
+            {
+                "1": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
+                "2": node("PreviewImage", images=["1", 3]),
+            },
         ),
         "link to nowhere": refusal(engine, {"2": node("PreviewImage", images=["1", 0])}),
         "cycle": refusal(engine, chain("ImageInvert") | {"1": node("ImageInvert", image=["1", 0])}),
@@ -290,7 +306,12 @@ def _interrupted(engine: ComfyEngine, *class_types: str) -> dict[str, Any]:
         kind = type(error).__name__
     ended_s = time.monotonic()
     asker.join(WAIT_S)
-    return {"kind": kind, "took_s": ended_s - asked_s[0], "out": events.of("out"), "last": events.of(str(len(class_types)))}
+    return {
+        "kind": kind,
+        "took_s": ended_s - asked_s[0],
+        "out": events.of("out"),
+        "last": events.of(str(len(class_types))),
+    }
 
 
 def scenario_interrupt(engine: ComfyEngine) -> Any:
@@ -323,7 +344,11 @@ def scenario_expanded(engine: ComfyEngine) -> Any:
     events, image = Events(), picture()
     outcome = run(engine, request(chain("ProbeExpand", "ProbeLazy"), {"input_1": image}), events)
     value: Any = outcome.outputs["output_1"]
-    return {"nodes": events.nodes, "close": bool(torch.allclose(value, image, atol=1e-6)), "executed": outcome.executed}
+    return {
+        "nodes": events.nodes,
+        "close": bool(torch.allclose(value, image, atol=1e-6)),
+        "executed": outcome.executed,
+    }
 
 
 def scenario_ui(engine: ComfyEngine) -> Any:
@@ -349,7 +374,7 @@ def scenario_ui(engine: ComfyEngine) -> Any:
 
 def scenario_routes(engine: ComfyEngine) -> Any:
     server = engine._comfy.server if engine._comfy else None
-    import nodes as comfy_nodes  # type: ignore[import-not-found]
+    import nodes as comfy_nodes
 
     return {
         "registered": any(getattr(route, "path", "") == "/legion_probe" for route in server.routes),  # type: ignore[union-attr]
@@ -361,11 +386,16 @@ def scenario_routes(engine: ComfyEngine) -> Any:
 def scenario_listeners(_engine: ComfyEngine) -> Any:
     import psutil
 
-    return [item.laddr.port for item in psutil.Process().net_connections() if item.status == psutil.CONN_LISTEN]
+    return [
+        item.laddr.port for item in psutil.Process().net_connections() if item.status == psutil.CONN_LISTEN
+    ]
 
 
 def scenario_free(engine: ComfyEngine) -> Any:
-    prompt = {"1": node("EmptyImage", width=8, height=8, batch_size=1, color=5), "2": node("PreviewImage", images=["1", 0])}
+    prompt = {
+        "1": node("EmptyImage", width=8, height=8, batch_size=1, color=5),
+        "2": node("PreviewImage", images=["1", 0]),
+    }
     run(engine, request(prompt))
     before = run(engine, request(prompt)).cached
     engine.free()
@@ -398,7 +428,9 @@ def main(results: Path, comfyui: str, arguments: tuple[str, ...]) -> None:
         }
     }
     scenarios: dict[str, Callable[[ComfyEngine], Any]] = {
-        name.removeprefix("scenario_"): value for name, value in globals().items() if name.startswith("scenario_")
+        name.removeprefix("scenario_"): value
+        for name, value in globals().items()
+        if name.startswith("scenario_")
     }
     for name, scenario in scenarios.items():
         try:

@@ -16,9 +16,11 @@ RUNS: list[str] = []
 NODE_RUNNING = threading.Event()
 
 
-@PromptServer.instance.routes.get("/legion_probe")
 async def probe_route(_request: Any) -> Any:
     return None
+
+
+PromptServer.instance.routes.get("/legion_probe")(probe_route)
 
 
 class _Probe:
@@ -27,7 +29,7 @@ class _Probe:
     CATEGORY = "probe"
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name
         return {"required": {"image": ("IMAGE",)}}
 
 
@@ -129,7 +131,7 @@ class ProbeLazy(_Probe):
     """Asks for its image only when it runs."""
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name
         return {"required": {"image": ("IMAGE", {"lazy": True})}}
 
     def check_lazy_status(self, image: Any) -> list[str]:

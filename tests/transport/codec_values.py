@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ def assert_same_sharing(sent: Any, got: Any) -> None:
     theirs = [
         touched(leaf) for leaf, other in zip(got_leaves, sent_leaves, strict=True) if not is_resolved(other)
     ]
-    assert pattern(sum(ours, [])) == pattern(sum(theirs, []))
+    assert pattern(list(chain(*ours))) == pattern(list(chain(*theirs)))
 
 
 def is_resolved(leaf: Any) -> bool:
@@ -239,8 +240,6 @@ _NUMPY_DTYPES = st.sampled_from(
         "V5",
         "q",
         "S0",
-    ]
-    + [
         [("a", "<i4"), ("b", ">f8", (2, 2))],
         [("x", [("y", "M8[ns]"), ("z", "S0")]), ("w", "?")],
         {"names": ["late", "early"], "formats": ["<i2", "u1"], "offsets": [4, 1], "itemsize": 9},
