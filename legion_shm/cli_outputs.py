@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,10 @@ def _replacing(path: Path) -> Generator[Path]:
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
+        with open(part, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield part
+        os.chmod(part, mode)  # safetensors makes a file of its own, for this user alone
         os.replace(part, target)
     except BaseException:
         with contextlib.suppress(OSError):

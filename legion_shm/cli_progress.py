@@ -75,7 +75,7 @@ class JobReporter:
             self._done = 0
             self._bar(f"{event.engine} engine, worker {event.worker_id}", 0)
         elif isinstance(event, JobRetrying):
-            self._line(f"retrying (attempt {event.attempt}): {event.reason}")
+            self._line(f"attempt {event.attempt}: the worker {event.reason}; retrying")
         elif isinstance(event, EventsDropped):
             self._line(f"({event.count} events came too fast to be shown)")
 
@@ -95,10 +95,12 @@ class JobReporter:
 
 def explain(error: LegionError, *, verbose: bool) -> str:
     """An error as text for a person: what happened and where; with ``verbose`` the worker's traceback too."""
+    traceback = error.traceback.strip() if isinstance(error, (JobFailed, StartupError)) else ""
     lines = [str(error)]
+    if traceback and traceback in lines[0]:
+        lines = [lines[0].replace(traceback, "").rstrip()]
     if isinstance(error, InvalidWorkflow):
         lines.extend(f"  {problem}" for problem in error.problems if problem not in lines[0])
-    traceback: str = error.traceback if isinstance(error, (JobFailed, StartupError)) else ""
     if isinstance(error, JobFailed):
         where = f"node {error.node_id} ({error.class_type})"
         if error.node_id is not None and error.node_id not in lines[0]:
@@ -107,7 +109,7 @@ def explain(error: LegionError, *, verbose: bool) -> str:
             lines.append(f"Inputs of {where}:\n{error.inputs_summary.rstrip()}")
     if traceback:
         lines.append(
-            f"Traceback in the worker:\n{traceback.rstrip()}"
+            f"Traceback in the worker:\n{traceback}"
             if verbose
             else "(-v shows the worker's traceback)"
         )

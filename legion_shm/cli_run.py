@@ -34,7 +34,7 @@ __all__ = ["RunOptions", "Signalled", "run_workflow", "usage_errors"]
 
 _REFUSED = (ConfigError, InvalidWorkflow, UnsupportedValue)  # the caller's own mistakes
 _CANCEL_GRACE_S = 1.0
-_STOP_GRACE_S = 2.0
+_STOP_GRACE_S = 1.0
 _TERM_GRACE_S = 1.0  # shorter than the library's: a command's worker serves nobody else
 
 

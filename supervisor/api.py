@@ -73,7 +73,7 @@ class Supervisor:
             settings = SupervisorSettings(**{**settings.model_dump(), **overrides})
         self.settings = settings
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close or submit in the midst of a submit
         self._closed = False
         self._pending = 0
         self._pools: dict[str, WorkerSpec] = {}
@@ -187,8 +187,8 @@ class Supervisor:
     def _pool(self, spec: WorkerSpec) -> str:
         key = spec.key
         if key not in self._pools:
+            self._loop.define(key, spec)  # before others find it: their job must come after it
             self._pools[key] = spec
-            self._loop.define(key, spec)
         return key
 
     # --- tensors --------------------------------------------------------------------------------------
@@ -264,12 +264,12 @@ class Supervisor:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and os.getpid() == self._pid:
+            self._loop.request_close()  # first, for a warning may be an error
             warnings.warn(
                 "a Supervisor was dropped without close(); its workers are ended",
                 ResourceWarning,
                 stacklevel=2,
             )
-            self._loop.request_close()
 
     def __repr__(self) -> str:
         return f"<Supervisor {'closed' if self._closed else 'open'}, {len(self._pools)} worker specs>"

@@ -2,7 +2,8 @@
 
 Owns one job at a time, from ComfyUI's validation through its executor and caches to the outcome. How
 ComfyUI is brought up is `comfy_start`'s, what it says while it runs `comfy_job`'s, the wording of errors
-`comfy_report`'s, what its caches keep afterwards `comfy_cache`'s. Nothing else in Legion knows ComfyUI.
+`comfy_report`'s, what its caches find again `comfy_channels`' and `comfy_cache`'s. Nothing else in Legion
+knows how ComfyUI works.
 
     prompt ──▶ validate_prompt (kept by digest) ──▶ PromptExecutor.execute ──▶ JobOutcome
                                                      │        ▲
@@ -12,6 +13,7 @@ ComfyUI is brought up is `comfy_start`'s, what it says while it runs `comfy_job`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import logging
@@ -19,7 +21,7 @@ import os
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +30,7 @@ from legion_shm.clock import monotonic_s
 from legion_shm.comfy_location import find_comfyui, not_found_message
 from legion_shm.errors import ConfigError, JobCancelled, JobFailed, LegionError
 from legion_shm.supervisor.comfy_cache import forget_spent_entries
+from legion_shm.supervisor.comfy_channels import split_importers
 from legion_shm.supervisor.comfy_job import ComfyJob
 from legion_shm.supervisor.comfy_report import bad_slots, execution_failure, refuse_invalid
 from legion_shm.supervisor.comfy_start import HeadlessComfy, start_headless
@@ -82,11 +85,9 @@ class ComfyEngine:
         found = find_comfyui(self._path, os.environ)
         if found is None:
             raise ConfigError(not_found_message(), key="comfyui_path")
-        comfy = start_headless(Path(os.path.abspath(found.path)), self._extra_args)
+        with _nothing_collected():
+            comfy = start_headless(Path(os.path.abspath(found.path)), self._extra_args)
         self._comfy = comfy
-        # What ComfyUI has loaded by now stays; a collection that passes it over takes a tenth of the time.
-        gc.collect()
-        gc.freeze()
         return EngineInfo(
             name=self.name, versions=comfy.versions, node_classes=len(comfy.nodes.NODE_CLASS_MAPPINGS)
         )
@@ -173,6 +174,7 @@ class ComfyEngine:
     def _run(self, comfy: HeadlessComfy, job: ComfyJob, request: JobRequest) -> JobOutcome:
         _stop_if_cancelled(job)
         prompt, outputs = self._validate(comfy, request)
+        job.plan(outputs, split_importers(prompt, request.inputs))
         _stop_if_cancelled(job)
         comfy.relay.job = job
         comfy.server.last_prompt_id = job.job_id
@@ -242,6 +244,22 @@ def _validated_outputs(comfy: HeadlessComfy, job_id: str, prompt: Workflow) -> l
     _, error, outputs, node_errors = answer
     refuse_invalid(error, node_errors or {}, prompt, classes)
     return sorted(outputs, key=list(prompt).index)  # ComfyUI gives a set's order, another one in each process
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """For a start, which makes a million objects that stay: 4.3 s instead of 5.8 s, and 16 MB more.
+
+    Later collections pass these objects over too, and take 0.2 ms instead of 300.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
 
 
 async def _awaited(answer: Any) -> Any:

@@ -15,12 +15,13 @@ import asyncio
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 from legion_shm import job_context
 from legion_shm.errors import JobCancelled
 from legion_shm.supervisor.engine import EngineEvents, JobRequest
+from legion_shm.workflow import is_link
 
 __all__ = ["ComfyJob", "Relay"]
 
@@ -30,6 +31,7 @@ class ComfyJob(job_context.JobContext):
 
     def __init__(self, request: JobRequest, events: EngineEvents, relay: Relay) -> None:
         super().__init__(request.job_id, request.inputs, identities=request.identities)
+        self.prompt = request.prompt
         self.classes = {node_id: str(node.get("class_type")) for node_id, node in request.prompt.items()}
         self.events = events
         self.executed = 0
@@ -37,7 +39,14 @@ class ComfyJob(job_context.JobContext):
         self.blocked: Mapping[str, Any] | None = None
         self.running_node: str | None = None
         self._relay = relay
+        self._stands_for: Mapping[str, str] = {}
+        self._output_nodes: Sequence[str] = ()
+        self._seen: set[str] = set()
         self._open: set[str] = set()
+
+    def plan(self, output_nodes: Sequence[str], stands_for: Mapping[str, str]) -> None:
+        """Say what will run: these output nodes, and added nodes, each for one of the workflow's."""
+        self._output_nodes, self._stands_for = output_nodes, stands_for
 
     # --- what nodes ask of it -----------------------------------------------------------------------
 
@@ -57,23 +66,41 @@ class ComfyJob(job_context.JobContext):
 
     # --- what ComfyUI says --------------------------------------------------------------------------
 
-    def note_cached(self, node_ids: list[str]) -> None:
-        for node_id in node_ids:
-            if node_id in self.classes and node_id not in self.cached:
+    def note_cached(self, kept: Collection[str]) -> None:
+        """Tell, of the nodes that outputs are made from, those that are kept or needed for these alone."""
+        runs, made_from = self._upstream(kept), self._upstream(())
+        for node_id, class_type in self.classes.items():
+            if node_id in made_from and node_id not in runs:
                 self.cached.add(node_id)
-                self.events.node(node_id, self.classes[node_id], "cached")
+                self.events.node(node_id, class_type, "cached")
+
+    def _upstream(self, ends: Collection[str]) -> set[str]:
+        """The output nodes and all that they are made from, but not past ``ends``, nor these themselves."""
+        found: set[str] = set()
+        stack = list(self._output_nodes)
+        while stack:
+            node_id = stack.pop()
+            if node_id in found or node_id in ends:
+                continue
+            found.add(node_id)
+            inputs = cast("Mapping[str, Any]", self.prompt[node_id]["inputs"])
+            stack.extend(value[0] for value in inputs.values() if is_link(value))
+        return found
 
     def note_started(self, node_id: str) -> None:
         """Once for each node, though ComfyUI starts one again whose lazy inputs have been made."""
+        node_id = self._stands_for.get(node_id, node_id)
         if node_id not in self.classes:
             return
         self.running_node = node_id
-        if node_id not in self._open:
+        if node_id not in self._seen:
+            self._seen.add(node_id)
             self._open.add(node_id)
             self.cached.discard(node_id)
             self.events.node(node_id, self.classes[node_id], "started")
 
     def note_finished(self, node_id: str) -> None:
+        node_id = self._stands_for.get(node_id, node_id)
         if node_id in self._open:
             self._open.remove(node_id)
             self.executed += 1
@@ -115,7 +142,7 @@ class Relay:
             if job.cancelled:
                 self._interrupt_processing(True)  # just now ComfyUI cleared it, and an early one with it
         elif event == "execution_cached":
-            job.note_cached(list(data["nodes"]))
+            job.note_cached(set(data["nodes"]))
         elif event == "execution_error" and data.get("exception_type") == "ExecutionBlocked":
             job.blocked = dict(data)  # ComfyUI goes on without the nodes behind it, and counts it a success
 
@@ -130,7 +157,7 @@ class Relay:
 
         class LegionProgressHandler(base):  # type: ignore[misc]  # ComfyUI's class is Any here
             def set_registry(self, registry: Any) -> None:
-                cast("Any", super()).set_registry(registry)
+                base.set_registry(self, registry)
                 relay._registry = registry
 
             def start_handler(self, node_id: str, *_more: object, **_named: object) -> None:

@@ -132,11 +132,14 @@ class JobFeed:
                 raise AssertionError(f"job {self.job_id} is {self._state} and has no result")
             return self._result
 
-    def events_from(self, position: int) -> tuple[list[Event], int]:
-        """Wait for news after a position: the events since, and the position after them."""
+    def events_from(self, position: int, timeout: float | None = None) -> tuple[list[Event], int]:
+        """Wait for news after a position: the events since, and the position after them.
+
+        Gives none after ``timeout`` seconds without any.
+        """
         self.check_process()
         with self._changed:
-            self._changed.wait_for(lambda: self._history.end > position)
+            self._changed.wait_for(lambda: self._history.end > position, timeout)
             return self._since(position)
 
     async def events_from_async(self, position: int) -> tuple[list[Event], int]:

@@ -293,7 +293,10 @@ class _Run:
         # Raised out here and after letting go, so that the error carries no frame that holds tensors.
         inputs = {}
         self._results.clear()
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # else the error and this frame would keep each other, and the job's inputs, alive
 
     def _failure(
         self, error: BaseException, node: PlannedNode, inputs: Mapping[str, Sequence[object]]

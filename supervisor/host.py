@@ -51,7 +51,7 @@ from legion_shm.transport.messages import (
     JobFailedReply,
     LogRecord,
     Message,
-    NodeStatusNote,
+    NodeNotes,
     PreviewNote,
     ProgressNote,
     Ready,
@@ -145,7 +145,7 @@ class _Host:
         config = self._config
         self._send(Hello(config.worker, config.token, "job", os.getpid()))
         self._control.start()
-        logging.getLogger().addHandler(_LogHandler(self._control))
+        logging.getLogger().addHandler(_LogHandler(self))
         try:
             engine = _make_engine(config)
             self._engine = engine
@@ -202,7 +202,11 @@ class _Host:
             self._send(reply)
         except MessageTooLarge as error:
             self._memory.discard_result(message.job)
+            if isinstance(reply, JobDone):
+                self._send(Released(reply.released))
             self._send(_failure(message, error))
+        else:
+            self._memory.result_sent(message.job)
 
     def _execute(self, message: RunJob) -> Message:
         received_us = _now_us()
@@ -217,7 +221,11 @@ class _Host:
             )
             del inputs
             decoded_us = _now_us()
-            outcome = self._require_engine().execute(request, _Events(self, message.job, message.attempt))
+            events = _Events(self, message.job, message.attempt)
+            try:
+                outcome = self._require_engine().execute(request, events)
+            finally:
+                events.flush()
             del request
             executed_us = _now_us()
             values = self._memory.encode_outputs(message.job, outcome.outputs, outcome.ui)
@@ -258,6 +266,13 @@ class _Host:
         return prompt
 
     # --- events -----------------------------------------------------------------------------------
+
+    def log(self, record: LogRecord) -> None:
+        if threading.current_thread() is threading.main_thread():
+            with contextlib.suppress(Exception):
+                self._send(record)
+                return
+        self._control.log(record)
 
     def event(self, message: Message) -> None:
         """From the main thread at once and in order; from others by way of the control thread."""
@@ -312,9 +327,24 @@ class _Events:
     def __init__(self, host: _Host, job: str, attempt: int) -> None:
         self._host, self._job, self._attempt = host, job, attempt
         self._last_s = 0.0
+        self._lock = threading.Lock()
+        self._held: list[tuple[str, str, str]] = []
 
     def node(self, node_id: str, class_type: str, status: NodeStatus) -> None:
-        self._host.event(NodeStatusNote(self._job, self._attempt, node_id, class_type, status))
+        """The next node starts right after one has finished, so the two go in one message."""
+        with self._lock:
+            self._held.append((node_id, class_type, status))
+            if status == "started":
+                self._send_held()
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._held:
+                self._send_held()
+
+    def _send_held(self) -> None:
+        rows, self._held = tuple(self._held), []
+        self._host.event(NodeNotes(self._job, self._attempt, rows))
 
     def progress(self, node_id: str | None, value: float, total: float) -> None:
         now = monotonic_s()
@@ -344,9 +374,11 @@ def _encode_preview(image: object) -> tuple[str, bytes]:
 
 
 class _LogHandler(logging.Handler):
-    def __init__(self, control: _Control) -> None:
+    """The main thread's records go at once, in order with what the job reports; others' by the control thread."""
+
+    def __init__(self, host: _Host) -> None:
         super().__init__()
-        self._control = control
+        self._host = host
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -354,7 +386,7 @@ class _LogHandler(logging.Handler):
         except Exception:
             self.handleError(record)
             return
-        self._control.log(LogRecord(record.levelname, record.name, text))
+        self._host.log(LogRecord(record.levelname, record.name, text))
 
 
 class _Control(threading.Thread):

@@ -33,7 +33,7 @@ from legion_shm.transport.messages import (
     JobFailedReply,
     LogRecord,
     Message,
-    NodeStatusNote,
+    NodeNotes,
     PreviewNote,
     ProgressNote,
     Ready,
@@ -47,6 +47,8 @@ from legion_shm.transport.messages import StartFailed as StartFailedNote
 __all__ = ["Inbox"]
 
 _log = logging.getLogger("legion_shm.supervisor")
+
+_SOCKETS = 2  # a worker's, each greeted on its own
 
 _Handler = Callable[[WorkerIO, Any, float], None]
 
@@ -75,7 +77,7 @@ class Inbox:
             Ready: self._ready,
             StartFailedNote: self._start_failed,
             Heartbeat: self._heartbeat,
-            NodeStatusNote: self._node,
+            NodeNotes: self._node,
             ProgressNote: self._progress,
             PreviewNote: self._preview,
             LogRecord: self._log_record,
@@ -111,6 +113,7 @@ class Inbox:
             if message.token != worker.token or message.worker != worker.id or message.channel != channel:
                 raise ProtocolError("a greeting with another worker's name or token")
             worker.greeted.add(channel)
+            self._announce(worker, now)
             return
         if channel not in worker.greeted:
             raise ProtocolError(f"{type(message).__name__} before any greeting")
@@ -131,7 +134,12 @@ class Inbox:
 
     def _ready(self, worker: WorkerIO, message: Ready, now: float) -> None:
         worker.engine, worker.versions, worker.ready = message.engine, dict(message.versions), True
-        self._handle(WorkerReady(worker.id), now)
+        self._announce(worker, now)
+
+    def _announce(self, worker: WorkerIO, now: float) -> None:
+        """Jobs may come once the worker is ready, can hear a Cancel and can be sent descriptors."""
+        if worker.ready and len(worker.greeted) == _SOCKETS and worker.spawned is not None:
+            self._handle(WorkerReady(worker.id), now)
 
     def _start_failed(self, worker: WorkerIO, message: StartFailedNote, now: float) -> None:
         self.output(worker, now)
@@ -145,6 +153,7 @@ class Inbox:
 
     def _heartbeat(self, worker: WorkerIO, message: Heartbeat, now: float) -> None:
         worker.rss_bytes = message.rss_bytes
+        self._announce(worker, now)
         self._handle(HeartbeatSeen(worker.id), now)
 
     def _log_record(self, worker: WorkerIO, message: LogRecord, now: float) -> None:
@@ -187,16 +196,14 @@ class Inbox:
         if submission is not None:
             submission.feed.emit(make, now)
 
-    def _node(self, worker: WorkerIO, message: NodeStatusNote, now: float) -> None:
-        if message.status not in ("started", "finished", "cached"):
-            raise ProtocolError(f"a node's status is {message.status!r}")
-        status = cast("Any", message.status)
-        self._emit(
-            worker,
-            message,
-            lambda job, seq, at: NodeEvent(job, seq, at, message.node_id, message.class_type, status),
-            now,
-        )
+    def _node(self, worker: WorkerIO, message: NodeNotes, now: float) -> None:
+        for _, _, status in message.rows:
+            if status not in ("started", "finished", "cached"):
+                raise ProtocolError(f"a node's status is {status!r}")
+        submission = self._running(worker, message.job, message.attempt)
+        if submission is not None:
+            for node_id, class_type, status in message.rows:
+                submission.feed.emit(partial(_node_event, node_id, class_type, status), now)
 
     def _progress(self, worker: WorkerIO, message: ProgressNote, now: float) -> None:
         self._emit(
@@ -240,6 +247,10 @@ class Inbox:
         outcome: TerminalState = "failed" if isinstance(message, JobFailedReply) else "cancelled"
         error = error_from(message, worker.id)
         self._handle(JobReplied(worker.id, message.job, message.attempt, outcome, error), now)
+
+
+def _node_event(node_id: str, class_type: str, status: Any, job: str, seq: int, time_s: float) -> NodeEvent:
+    return NodeEvent(job, seq, time_s, node_id, class_type, status)
 
 
 def _log_event(

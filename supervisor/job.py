@@ -70,6 +70,14 @@ class Job:
         """An iterator (sync or async) over the events, ending with the terminal one."""
         return JobEvents(self._feed)
 
+    def events_since(self, position: int, timeout: float | None = None) -> tuple[list[Event], int]:
+        """Wait for news: the events from ``position`` on, and the position to ask for next. Begin with 0.
+
+        Gives no events after ``timeout`` seconds without news; for those who have more than one thing to
+        wait for.
+        """
+        return self._feed.events_from(position, timeout)
+
     def __await__(self) -> Generator[Any, None, Result]:
         return self._result_async().__await__()
 

@@ -10,6 +10,7 @@ is condemned and closed once nobody looks at it. It never touches payload bytes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from concurrent.futures import Executor
@@ -98,8 +99,24 @@ class Lending:
             self._introduce(worker, handle)
         return tuple(self.table.drain_freed(worker.arena).get(worker.arena, ()))
 
+    def not_lent(self, worker: WorkerIO, packed: PackedValues) -> None:
+        """The message of these values was not sent after all."""
+        self.table.release_all((handle for handle, _ in packed.handles()), worker.id)
+
     def take_result(self, worker: WorkerIO, message: JobDone) -> None:
         """Our leases on a result. Raises ProtocolError, StaleHandle, InvalidHandle for what can't be."""
+        taken: list[BlockHandle] = []
+        try:
+            referred = self._take(worker, message, taken)
+        except ProtocolError:
+            self.table.release_all(taken, MASTER)
+            raise
+        self.table.release_all(message.released, worker.id)
+        if referred:
+            self._processes.send(worker, ResultAccepted(message.job))
+
+    def _take(self, worker: WorkerIO, message: JobDone, taken: list[BlockHandle]) -> bool:
+        """Notes in ``taken`` each lease; whether one is on a block that was there before."""
         referred = False
         for _, _, blocks, owned, _, numbers in message.values:
             if len(blocks) != len(owned) or len(numbers) != _STATS or any(number < 0 for number in numbers):
@@ -109,15 +126,15 @@ class Lending:
                     if handle.arena != worker.arena:
                         raise ProtocolError("JobDone: a new block in another process's arena")
                     self.table.publish(handle, MASTER)
+                    taken.append(handle)
                     continue
                 self.table.check(handle)
                 if handle.arena != worker.arena and not self.table.holds(handle, worker.id):
                     raise ProtocolError("JobDone: a block that was never delivered to this worker")
                 self.table.lease(handle, MASTER)
+                taken.append(handle)
                 referred = True
-        self.table.release_all(message.released, worker.id)
-        if referred:
-            self._processes.send(worker, ResultAccepted(message.job))
+        return referred
 
     def refuse_result(self, worker: WorkerIO, message: JobDone) -> None:
         """A result that nobody waits for: the worker may free what it made for it."""
@@ -182,7 +199,10 @@ class Lending:
                 size = segment.nbytes
                 self._post(lambda now: self._grant(worker, segment_id, size))
 
-        self._helpers.submit(make)
+        try:
+            self._helpers.submit(make)
+        except RuntimeError as error:  # the interpreter is shutting down
+            self._processes.send(worker, SegmentRefused(str(error)))
 
     def _refuse(self, worker: WorkerIO, reason: str) -> None:
         if self._processes.get(worker.id) is worker:
@@ -250,7 +270,8 @@ class Lending:
             self._tell_dropped(arena, memory.drop(arena))
         if self._idle_since_s is not None and now >= self._idle_since_s + self._settings.idle_trim_s:
             self._idle_since_s = None
-            self._helpers.submit(memory.trim)
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                self._helpers.submit(memory.trim)
 
 
 def _holder(job: str) -> str:

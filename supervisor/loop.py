@@ -14,6 +14,7 @@ takes is never missed because the value it came from was dropped right after the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -68,6 +69,7 @@ _log = logging.getLogger("legion_shm.supervisor")
 _MAX_WAIT_S = 10.0  # the loop looks around this often even when nothing is due
 _LAST_WORDS_S = 0.03  # frames that a dead worker had sent may still be in ZeroMQ's hands
 _HELPERS = 2
+_SLICE_S = 0.1  # a caller that waits for the loop's answer looks this often whether the loop has ended
 
 
 class Loop:
@@ -116,7 +118,7 @@ class Loop:
         )
         self._closing = False
         self._ended = threading.Event()
-        self._end_lock = threading.Lock()
+        self._end_lock = threading.RLock()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="legion-loop", daemon=True)
 
@@ -126,17 +128,20 @@ class Loop:
         self._thread.start()
 
     def post(self, command: Callable[[float], None]) -> None:
-        """Have the loop call ``command(now)`` soon, after everything posted before. Never blocks."""
+        """Have the loop call ``command(now)`` soon, after everything posted before. Never blocks.
+
+        Also from a signal handler or a finalizer that interrupts another call of it.
+        """
         self._commands.append(command)
         if self._awake:
             return
         with self._end_lock:
             if self._wake_w >= 0:
                 self._awake = True
-                try:
+                with contextlib.suppress(BlockingIOError):  # it has enough wake-ups to read
                     os.write(self._wake_w, b"\0")
-                except BlockingIOError:
-                    return  # it has enough wake-ups to read
+                return
+        self._drop_commands()
 
     @property
     def fault(self) -> BaseException | None:
@@ -178,8 +183,10 @@ class Loop:
             done.set()
 
         self.post(look)
-        if not done.wait(timeout_s) and not self._ended.is_set():
-            raise TimeoutError(f"the supervisor's loop did not answer within {timeout_s:g} s")
+        deadline_s = monotonic_s() + timeout_s
+        while not done.wait(_SLICE_S) and not self._ended.is_set():
+            if monotonic_s() >= deadline_s:
+                raise TimeoutError(f"the supervisor's loop did not answer within {timeout_s:g} s")
         return box[0] if box else ()
 
     def _own_segment_added(self, arena: int, segment: int, nbytes: int) -> None:
@@ -311,6 +318,7 @@ class Loop:
             self._processes.send(worker, message)
         except MessageTooLarge as error:
             self._processes.send(worker, BlocksFreed(freed))
+            self._lending.not_lent(worker, submission.packed)
             self._handle(JobReplied(worker.id, action.job, action.attempt, "failed", error), now)
 
     def _resolve(self, action: ResolveJob, now: float) -> None:
@@ -406,16 +414,21 @@ class Loop:
         self._helpers.shutdown(wait=True, cancel_futures=True)
         with self._end_lock:
             wake_w, self._wake_w = self._wake_w, -1
+            self._awake = False
         self._ended.set()
-        for command in tuple(self._commands):
-            self._too_late(command)
-        self._commands.clear()
+        self._drop_commands()
         self._channel.unwatch(self._wake_r)
         self._channel.close()
         self.memory.close()
         self._directory.close()
         os.close(self._wake_r)
         os.close(wake_w)
+
+    def _drop_commands(self) -> None:
+        """After the end, by whoever comes last."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._too_late(self._commands.popleft())
 
     def _too_late(self, command: Callable[[float], None]) -> None:
         """A command that the loop will not get to: a job must not wait for ever, a process not be left."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from legion_shm.errors import ArenaFull
 from legion_shm.ids import new_arena_id
+from legion_shm.supervisor.result import Delivery
 from legion_shm.transport.arena import Arena, ArenaStats, Block
 from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.handles import BlockHandle, round_up
@@ -56,6 +58,7 @@ class MasterMemory:
         self._segments: dict[int, dict[int, Segment]] = {}
         self._attachments = Attachments()
         self._returned: deque[BlockHandle] = deque()
+        self._deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()
         self._closed = False
         self._arena = Arena(
             arena_id=self.arena_id,
@@ -96,6 +99,10 @@ class MasterMemory:
     def give_back(self, handles: tuple[BlockHandle, ...]) -> None:
         """Deliveries that nobody will decode. Called by finalizers: takes no lock."""
         self._returned.extend(handles)
+
+    def expect(self, delivery: Delivery) -> None:
+        """A result that somebody may read late, after `close` even."""
+        self._deliveries.add(delivery)
 
     def resident_buffer(self, nbytes: int) -> Any:
         """A writable ctypes array of ``nbytes`` in the arena; its block lives as long as it does."""
@@ -182,6 +189,8 @@ class MasterMemory:
 
     def close(self) -> None:
         """Close every descriptor. Delivered values stay valid for as long as they are referred to."""
+        for delivery in tuple(self._deliveries):
+            delivery.settle()
         with self._lock:
             self._closed = True
             self._segments.clear()

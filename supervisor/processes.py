@@ -110,7 +110,11 @@ class Processes:
             else:
                 self._post(partial(self.adopt, worker, spawned))
 
-        self._helpers.submit(start)
+        try:
+            self._helpers.submit(start)
+        except RuntimeError as error:  # the interpreter is shutting down
+            text = f"worker {worker.id} could not be started: {error}"
+            self._post(partial(failed, worker, StartupError(text, worker_id=worker.id)))
 
     def adopt(self, worker: WorkerIO, spawned: SpawnedWorker, now: float) -> None:
         """The process is there; if it is not wanted any more, its end comes right after."""

@@ -15,6 +15,7 @@ from legion_shm.supervisor.result import JobStats, Transfer
 from legion_shm.supervisor.submission import Submission
 from legion_shm.transport.codec import TransferStats
 from legion_shm.transport.messages import JobCancelledReply, JobDone, JobFailedReply
+from legion_shm.transport.values import REPORT
 
 __all__ = ["error_from", "stats_from"]
 
@@ -58,7 +59,7 @@ def stats_from(submission: Submission, message: JobDone, *, engine: str, worker:
         Transfer.from_stats("to_worker", name, stats) for name, stats in submission.packed.stats.items()
     ]
     for name, _, _, _, _, numbers in message.values:
-        if name != "ui":
+        if name != REPORT:
             transfers.append(Transfer.from_stats("from_worker", name, TransferStats(*numbers)))
     return JobStats(
         engine=engine,

@@ -13,6 +13,7 @@ from pathlib import Path
 from legion_shm.comfy_location import find_comfyui, not_found_message
 from legion_shm.config import WorkerSpec
 from legion_shm.errors import ConfigError
+from legion_shm.supervisor.spawn import environment_with
 
 __all__ = ["resolve_spec"]
 
@@ -28,7 +29,7 @@ def resolve_spec(spec: WorkerSpec) -> WorkerSpec:
         spec = spec.model_copy(update={"node_modules": modules})
     if spec.engine == "graph":
         return spec
-    found = find_comfyui(spec.comfyui_path, {**os.environ, **spec.env})
+    found = find_comfyui(spec.comfyui_path, environment_with(spec.env))
     if found is None:
         if spec.engine == "comfy":
             raise ConfigError(not_found_message(), key="comfyui_path")

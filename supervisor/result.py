@@ -5,6 +5,7 @@ Owns the late decoding of a result: a `Delivery` holds leases, and gives them ba
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from legion_shm.errors import LegionError
 from legion_shm.transport.codec import TransferStats
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import Values
+from legion_shm.transport.values import REPORT
 
 __all__ = ["Decoder", "Delivery", "JobStats", "Result", "Transfer"]
 
@@ -127,21 +129,43 @@ class Decoder(Protocol):
 
     def give_back(self, handles: tuple[BlockHandle, ...]) -> None: ...
 
+    def expect(self, delivery: Delivery) -> None: ...
+
 
 class Delivery:
-    """Encoded results whose leases are taken: decoded once by whoever asks first, else given back."""
+    """Encoded results whose leases are taken: decoded once by whoever asks first, else given back.
+
+    ``decoder`` hears of it, and calls `settle` before it closes: a result may be read after that too.
+    """
 
     def __init__(self, values: Values, stats: JobStats, decoder: Decoder, *, allow_cpu: bool) -> None:
         self._values, self._stats, self._decoder = values, stats, decoder
         self._allow_cpu = allow_cpu
+        self._lock = threading.Lock()
+        self._decoded: Result | LegionError | None = None
         handles = tuple(handle for value in values for handle in value[2])
         self._finalizer = weakref.finalize(self, decoder.give_back, handles)
         self._finalizer.atexit = False
+        decoder.expect(self)
 
     def decode(self) -> Result:
-        started_s = monotonic_s()
-        if self._finalizer.detach() is None:
-            raise LegionError("a result was decoded twice")
-        outputs = self._decoder.unpack(self._values, self._allow_cpu)
-        ui = cast("Mapping[str, Any]", outputs.pop("ui", {}))
-        return Result(outputs, ui, replace(self._stats, result_decode_s=monotonic_s() - started_s))
+        """The result, or the LegionError that its values raise."""
+        self.settle()
+        if not isinstance(self._decoded, Result):
+            raise self._decoded or LegionError("a result was not decoded")
+        return self._decoded
+
+    def settle(self) -> None:
+        """Decode now, while the memory is there."""
+        with self._lock:
+            if self._decoded is None:
+                started_s = monotonic_s()
+                self._finalizer.detach()
+                try:
+                    outputs = self._decoder.unpack(self._values, self._allow_cpu)
+                except LegionError as error:
+                    self._decoded = error.with_traceback(None)
+                    return
+                ui = cast("Mapping[str, Any]", outputs.pop(REPORT, {}))
+                stats = replace(self._stats, result_decode_s=monotonic_s() - started_s)
+                self._decoded = Result(outputs, ui, stats)

@@ -41,7 +41,7 @@ from typing import Any, Literal, cast
 from legion_shm.errors import StartupError
 from legion_shm.transport.channel import Endpoint
 
-__all__ = ["HostConfig", "SpawnedWorker", "WorkerProcess", "spawn_worker"]
+__all__ = ["HostConfig", "SpawnedWorker", "WorkerProcess", "environment_with", "spawn_worker"]
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,12 @@ def _exit_fd(process: WorkerProcess) -> int:
     return os.dup(process.sentinel)
 
 
+def environment_with(env: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment and ``env`` over it; other threads may be changing the former."""
+    ours = {name: os.environ.get(name) for name in list(os.environ)}
+    return {**{name: value for name, value in ours.items() if value is not None}, **env}
+
+
 def spawn_worker(
     config: HostConfig, *, executable: str | None, env: Mapping[str, str], working_dir: str | None
 ) -> SpawnedWorker:
@@ -310,7 +316,7 @@ def spawn_worker(
             executable=executable,
             flags=tuple(subprocess._args_from_interpreter_flags()) if same else (),  # type: ignore[attr-defined]
             own_path=_own_path(executable),
-            env={**os.environ, **env},
+            env=environment_with(env),
             working_dir=working_dir or os.getcwd(),
             stdout=out_w,
             stderr=err_w,

@@ -33,7 +33,7 @@ from legion_shm.transport.messages import (
     Values,
 )
 from legion_shm.transport.segment import Segment, attach_segment
-from legion_shm.transport.values import PackedValues, discard, pack, unpack
+from legion_shm.transport.values import REPORT, PackedValues, discard, pack, unpack
 
 __all__ = ["WorkerMemory"]
 
@@ -101,16 +101,22 @@ class WorkerMemory:
     def encode_outputs(
         self, job: str, outputs: Mapping[str, object], ui: Mapping[str, Mapping[str, object]]
     ) -> Values:
-        """All outputs, then the nodes' reports as a last value named ``ui``; kept until accepted."""
+        """All outputs, then the nodes' reports as a last value named `REPORT`; kept until accepted."""
         packed = pack(outputs, self)
         try:
-            report = pack({"ui": {node: dict(entry) for node, entry in ui.items()}}, self)
+            report = pack({REPORT: {node: dict(entry) for node, entry in ui.items()}}, self)
         except BaseException:
             discard(packed.values, self)
             raise
         values = packed.values + report.values
         self._kept[job] = PackedValues(values, packed.stats, packed.keepalive + report.keepalive)
         return values
+
+    def result_sent(self, job: str) -> None:
+        """The result is on its way. What it refers to is kept until the supervisor has its leases."""
+        kept = self._kept.get(job)
+        if kept is not None and all(new for value in kept.values for new in value[3]):
+            del self._kept[job]
 
     def discard_result(self, job: str) -> None:
         """The result could not be sent; its blocks are free again."""

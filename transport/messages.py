@@ -36,7 +36,7 @@ __all__ = [
     "JobFailedReply",
     "LogRecord",
     "Message",
-    "NodeStatusNote",
+    "NodeNotes",
     "PreviewNote",
     "ProgressNote",
     "Ready",
@@ -68,6 +68,7 @@ ValueNote = tuple[str, bytes, Handles, Flags, bytes | None, tuple[int, ...]]
 """One named value: name, codec tree, the blocks it refers to, which of these are new (of the sender's own
 arena), its identity for caches, and its `TransferStats` as numbers."""
 Values = tuple[ValueNote, ...]
+NodeRows = tuple[tuple[str, str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,13 @@ class StartFailed(Message):
 
 
 @dataclass(frozen=True)
-class NodeStatusNote(Message):
+class NodeNotes(Message):
+    """What nodes did, in order: (node id, class, ``started``, ``finished`` or ``cached``) each."""
+
     code = 4
     job: str
     attempt: int
-    node_id: str
-    class_type: str
-    status: str
+    rows: NodeRows
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class PreviewNote(Message):
 
 @dataclass(frozen=True)
 class JobDone(Message):
-    """The job's outputs and, as the last value, what its output nodes reported (named ``ui``).
+    """The job's outputs and, as the last value, what its output nodes reported.
 
     ``released``: deliveries that ended with the job. Times are monotonic microseconds: message received,
     inputs decoded, nodes run, outputs encoded.
@@ -375,6 +376,7 @@ _CHECKS: dict[Any, _Check] = {
     Names: _many(_STR),
     tuple[int, ...]: _many(_INT),
     Pairs: _many(_row(_STR, _STR)),
+    NodeRows: _many(_row(_STR, _STR, _STR)),
     Values: _many(
         _row(_STR, _BYTES, _many(BlockHandle.from_wire), _many(_BOOL), _optional(_BYTES), _many(_INT))
     ),

@@ -23,7 +23,10 @@ from legion_shm.transport.codec import (
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import ValueNote, Values
 
-__all__ = ["PackedValues", "discard", "pack", "unpack"]
+__all__ = ["REPORT", "PackedValues", "discard", "pack", "unpack"]
+
+REPORT = "\0ui"
+"""The name under which a result carries what its output nodes reported; no channel is called so."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def pack(values: Mapping[str, object], store: BlockStore) -> PackedValues:
     keep: list[EncodedValue] = []
     try:
         for name, value in values.items():
-            encoded = encode(value, store, path=name)
+            encoded = encode(value, store, path=name.lstrip("\0"))
             keep.append(encoded)
             stats[name] = encoded.stats
             identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)

@@ -1,7 +1,7 @@
 """What a supervisor could leave behind, as the system sees it: looked at before, compared after.
 
 Owns looking. It ends no process and removes no file. Linux, where ``/proc`` tells; elsewhere only
-threads and runtime directories are seen.
+threads are seen. What other living processes hold is theirs, and not counted.
 
     before = snapshot()
     ...                              # supervisors come and go
@@ -10,8 +10,10 @@ threads and runtime directories are seen.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -70,8 +72,8 @@ def snapshot(runtime_dir: str | os.PathLike[str] | None = None) -> Snapshot:
             for thread in threading.enumerate()
             if not thread.name.startswith(_COPY_THREAD)
         ),
-        segments=frozenset(_names(_SHARED_MEMORY, _PREFIX)),
-        runtime_dirs=frozenset(_names(base)),
+        segments=frozenset(_segments()),
+        runtime_dirs=frozenset(_runtime_entries(base)),
         maps=sum(1 for _ in _maps()),
     )
 
@@ -112,6 +114,45 @@ def _descriptors() -> Iterator[str]:
             continue
         if fd != tracker_fd:
             yield re.sub(r"(?<=:)\[\d+\]$", "", target)
+
+
+def _segments() -> set[str]:
+    names = set(_names(_SHARED_MEMORY, _PREFIX))
+    if not names:
+        return names
+    for pid in _names(Path("/proc")):
+        if pid.isdigit() and pid != str(os.getpid()):
+            folder = Path("/proc", pid, "fd")
+            for fd in _names(folder):
+                with contextlib.suppress(OSError):
+                    names.discard(Path(os.readlink(folder / fd)).name)
+    return names
+
+
+def _runtime_entries(base: Path) -> Iterator[str]:
+    for name in _names(base):
+        lock = base / f"{name.removesuffix('.lock')}.lock"
+        if not _is_locked(lock):
+            yield name
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether a supervisor that lives has it; one of this process shows by its thread as well."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _maps() -> Iterator[str]:

@@ -73,11 +73,13 @@ class TestGate(_TestNode):
 
 
 class TestHoldGil(_TestNode):
-    """Sleeps in C without giving up the interpreter's lock."""
+    """Makes the file ``entered``, then sleeps in C without giving up the interpreter's lock."""
 
-    OPTIONS: ClassVar[dict[str, Any]] = {"seconds": ("FLOAT",)}
+    OPTIONS: ClassVar[dict[str, Any]] = {"seconds": ("FLOAT",), "entered": ("STRING",)}
 
-    def run(self, seconds: float = 60.0, value: object = None) -> tuple[object]:
+    def run(self, seconds: float = 60.0, entered: str = "", value: object = None) -> tuple[object]:
+        if entered:
+            Path(entered).touch()
         libc = ctypes.PyDLL(None)
         for _ in range(round(seconds * 2)):  # usleep may refuse a second and more
             libc.usleep(500_000)

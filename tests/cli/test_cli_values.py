@@ -281,7 +281,9 @@ def test_what_is_no_image_is_not_written_as_one(tmp_path: Path, value: object) -
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("value", [torch.rand(2, 3), torch.ones((), dtype=torch.int8), np.arange(3), 2.5, [1, 2]])
+@pytest.mark.parametrize(
+    "value", [torch.rand(2, 3), torch.ones((), dtype=torch.int8), np.arange(3), 2.5, [1, 2]]
+)
 def test_npy_holds_tensors_arrays_and_numbers(tmp_path: Path, value: Any) -> None:
     (path,) = write(value, tmp_path / "a.npy")
     expected = value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
@@ -308,7 +310,9 @@ def test_safetensors_holds_a_tensor_as_value_and_dicts_by_name(tmp_path: Path) -
     assert many["c"].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("value", [{"a": torch.ones(1), "b": 3}, {1: torch.ones(1)}, "text", 3, [torch.ones(1)]])
+@pytest.mark.parametrize(
+    "value", [{"a": torch.ones(1), "b": 3}, {1: torch.ones(1)}, "text", 3, [torch.ones(1)]]
+)
 def test_safetensors_refuses_what_is_no_tensor(tmp_path: Path, value: object) -> None:
     with pytest.raises(click.ClickException, match="a tensor or a dict of tensors"):
         write(value, tmp_path / "a.safetensors")
@@ -322,7 +326,9 @@ def test_json_holds_values_and_small_tensors(tmp_path: Path) -> None:
     assert json.loads(text) == {"a": [[1, 2]], "3": [None, None], "t": "ä", "f": None}
 
 
-@pytest.mark.parametrize("value", [b"bytes", object(), torch.ones(1, dtype=torch.complex64), {"a": {"b": b""}}])
+@pytest.mark.parametrize(
+    "value", [b"bytes", object(), torch.ones(1, dtype=torch.complex64), {"a": {"b": b""}}]
+)
 def test_json_refuses_what_it_has_no_form_for(tmp_path: Path, value: object) -> None:
     with pytest.raises(click.ClickException, match="no form in JSON"):
         write(value, tmp_path / "a.json")
@@ -397,7 +403,9 @@ def test_a_link_stays_a_link_and_its_target_gets_the_value(tmp_path: Path) -> No
         ("folder.png", "is not a file"),
     ],
 )
-def test_a_destination_that_cannot_work_is_refused_beforehand(tmp_path: Path, name: str, message: str) -> None:
+def test_a_destination_that_cannot_work_is_refused_beforehand(
+    tmp_path: Path, name: str, message: str
+) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(click.UsageError, match=message):
         plan_output(str(tmp_path / name))
@@ -410,7 +418,12 @@ def test_a_description_tells_type_dtype_shape_and_bytes() -> None:
     assert describe(torch.zeros(2, 3, dtype=torch.bfloat16)) == {
         "type": "tensor", "dtype": "bfloat16", "shape": [2, 3], "bytes": 12,
     }  # fmt: skip
-    assert describe(np.zeros(2, dtype=np.int16)) == {"type": "array", "dtype": "int16", "shape": [2], "bytes": 4}
+    assert describe(np.zeros(2, dtype=np.int16)) == {
+        "type": "array",
+        "dtype": "int16",
+        "shape": [2],
+        "bytes": 4,
+    }
     assert describe({"samples": torch.zeros(1)})["items"]["samples"]["shape"] == [1]
     assert describe((1, None))["items"] == [{"type": "int", "value": 1}, {"type": "NoneType", "value": None}]
 

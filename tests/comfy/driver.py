@@ -7,8 +7,10 @@ Every function named ``scenario_...`` gives a JSON value. ComfyUI starts once, w
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -22,6 +24,7 @@ from typing import Any
 
 from legion_shm.errors import InvalidWorkflow, JobFailed, LegionError
 from legion_shm.supervisor.comfy import ComfyEngine
+from legion_shm.supervisor.comfy_start import HeadlessComfy
 from legion_shm.supervisor.engine import JobOutcome, JobRequest
 
 WAIT_S = 20.0
@@ -70,6 +73,15 @@ def chain(*class_types: str) -> dict[str, Any]:
         prompt[str(number)] = node(class_type, image=[str(number - 1), 0])
     prompt["out"] = node("LegionExporter", input_1=[str(len(class_types)), 0])
     return prompt
+
+
+def comfy_of(engine: ComfyEngine) -> HeadlessComfy:
+    assert engine._comfy is not None
+    return engine._comfy
+
+
+def kept_entries(engine: ComfyEngine) -> int:
+    return len(comfy_of(engine).executor.caches.outputs.cache)
 
 
 def run(engine: ComfyEngine, job: JobRequest, events: Events | None = None) -> JobOutcome:
@@ -217,26 +229,49 @@ def scenario_cache(engine: ComfyEngine) -> Any:
     return found
 
 
+def scenario_each_input_on_its_own(engine: ComfyEngine) -> Any:
+    """An image that stays and a number that is another one each time, through one importer."""
+    pack = sys.modules[next(name for name in sys.modules if name.endswith("legion_probe"))]
+    prompt = chain("ProbeCount")
+    prompt["2"] = node("ImageScaleBy", image=["1", 0], upscale_method="nearest-exact", scale_by=["0", 1])
+    prompt["out"] = node("LegionExporter", input_1=["2", 0], input_2=["0", 4], data_exchange_root=["0", 12])
+    found: list[dict[str, Any]] = []
+    pack.RUNS.clear()
+    for scale, identity in ((2.0, b"two"), (3.0, None), (3.0, b"three"), (3.0, b"three")):
+        events, inputs = Events(), {"input_1": picture(9), "input_2": scale}
+        outcome = run(engine, request(prompt, inputs, input_1=b"nine", input_2=identity), events)
+        value: Any = outcome.outputs["output_1"]
+        found.append(
+            {
+                "runs": len(pack.RUNS),
+                "side": value.shape[1],
+                "absent": outcome.outputs["output_2"],
+                "counts": [outcome.executed, outcome.cached],
+                "nodes": events.nodes,
+            }
+        )
+    return found
+
+
 def scenario_inputs_are_not_kept(engine: ComfyEngine) -> Any:
     """Neither the importer's outputs nor what shares memory with them, nor what can't be found again."""
     import torch
 
     alive: dict[str, list[bool]] = {}
     for name, identity in (("known", b"known"), ("never again", None)):
-        image = picture(5)
-        told = []
+        alive[name] = []
         for class_types in (("ProbeLazy",), ("ProbeCount", "ProbeLazy")):
-            copy = image.clone()
-            gone = weakref.ref(copy.untyped_storage())
-            outcome = run(engine, request(chain(*class_types), {"input_1": copy}, input_1=identity))
-            del copy, outcome
-            told.append(gone() is not None)
-        alive[name] = told
-    entries = len(engine._comfy.executor.caches.outputs.cache) if engine._comfy else -1
+            block = (ctypes.c_float * (16 * 16 * 3))()  # as received tensors lie in blocks
+            gone = weakref.ref(block)
+            image = torch.frombuffer(block, dtype=torch.float32).reshape(1, 16, 16, 3)
+            del block
+            outcome = run(engine, request(chain(*class_types), {"input_1": image}, input_1=identity))
+            del image, outcome
+            alive[name].append(gone() is not None)
+    entries = kept_entries(engine)
     for _ in range(20):
         run(engine, request(chain("ImageInvert"), {"input_1": torch.zeros(1, 4, 4, 3)}))
-    grown = (len(engine._comfy.executor.caches.outputs.cache) if engine._comfy else -1) - entries
-    return {"alive": alive, "grown": grown}
+    return {"alive": alive, "grown": kept_entries(engine) - entries}
 
 
 def scenario_validation(engine: ComfyEngine) -> Any:
@@ -314,6 +349,25 @@ def _interrupted(engine: ComfyEngine, *class_types: str) -> dict[str, Any]:
     }
 
 
+def _interrupted_at_the_start(engine: ComfyEngine) -> dict[str, Any]:
+    """After our last look and before ComfyUI's first: it clears its flag when a prompt starts."""
+    executor: Any = comfy_of(engine).executor
+    real, job, events = executor.execute, request(chain("ImageInvert"), {"input_1": picture()}), Events()
+
+    def execute(*args: Any, **named: Any) -> None:
+        engine.interrupt(job.job_id)
+        real(*args, **named)
+
+    executor.execute = execute
+    try:
+        run(engine, job, events)
+    except LegionError as error:
+        return {"kind": type(error).__name__, "events": events.nodes}
+    finally:
+        executor.execute = real
+    return {"kind": "none"}
+
+
 def scenario_interrupt(engine: ComfyEngine) -> Any:
     early = request(chain("ImageInvert"), {"input_1": picture()})
     engine.interrupt(early.job_id)
@@ -325,6 +379,7 @@ def scenario_interrupt(engine: ComfyEngine) -> Any:
         early_kind = type(error).__name__
     return {
         "early": {"kind": early_kind, "events": events.nodes},
+        "at the start": _interrupted_at_the_start(engine),
         "running": _interrupted(engine, "ProbeSlow"),
         "swallowed": _interrupted(engine, "ProbeSwallow", "ProbeCount"),
         "async": _interrupted(engine, "ProbeAsync"),
@@ -352,8 +407,7 @@ def scenario_expanded(engine: ComfyEngine) -> Any:
 
 
 def scenario_ui(engine: ComfyEngine) -> Any:
-    import folder_paths  # type: ignore[import-not-found]
-
+    folder_paths: Any = importlib.import_module("folder_paths")
     prompt = {
         "1": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
         "2": node("PreviewImage", images=["1", 0]),
@@ -373,13 +427,11 @@ def scenario_ui(engine: ComfyEngine) -> Any:
 
 
 def scenario_routes(engine: ComfyEngine) -> Any:
-    server = engine._comfy.server if engine._comfy else None
-    import nodes as comfy_nodes
-
+    comfy = comfy_of(engine)
     return {
-        "registered": any(getattr(route, "path", "") == "/legion_probe" for route in server.routes),  # type: ignore[union-attr]
-        "loop_runs": server.loop.is_running(),  # type: ignore[union-attr]
-        "left_out": "LeftOut" in comfy_nodes.NODE_CLASS_MAPPINGS,
+        "registered": any(getattr(route, "path", "") == "/legion_probe" for route in comfy.server.routes),
+        "loop_runs": comfy.server.loop.is_running(),
+        "left_out": "LeftOut" in comfy.nodes.NODE_CLASS_MAPPINGS,
     }
 
 

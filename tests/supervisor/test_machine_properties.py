@@ -41,7 +41,7 @@ POOLS = {
     "short": PoolDefined("short", 1, 5.0, 8.0, None),
     "brief": PoolDefined("brief", 3, 20.0, None, 2),
 }
-MAX_WORKERS = 3
+MAX_WORKERS = 2
 LIMITS = Limits(
     max_workers=MAX_WORKERS,
     heartbeat_timeout_s=15.0,
@@ -133,7 +133,19 @@ class World(RuleBasedStateMachine):
 
     # --- callers --------------------------------------------------------------------------------------
 
-    @rule(pool=st.sampled_from(list(POOLS)), deadline_s=st.none() | st.floats(0.0, 20.0), retries=st.integers(0, 5))
+    @rule(pools=st.lists(st.sampled_from(list(POOLS)), min_size=1, max_size=4), retries=st.integers(0, 5))
+    def submit_several(self, pools: list[str], retries: int) -> None:
+        for pool in pools:
+            self.submit(pool, None, retries)
+
+    @rule(
+        pool=st.sampled_from(list(POOLS)),
+        deadline_s=st.none() | st.floats(0.0, 20.0),
+        retries=st.integers(0, 5),
+    )
+    def submit_one(self, pool: str, deadline_s: float | None, retries: int) -> None:
+        self.submit(pool, deadline_s, retries)
+
     def submit(self, pool: str, deadline_s: float | None, retries: int) -> None:
         self.numbers += 1
         job = f"j{self.numbers}"
@@ -149,15 +161,14 @@ class World(RuleBasedStateMachine):
         self.cancelled.add(job)
         self.do(CancelRequested(job))
 
-    @rule(pool=st.sampled_from(list(POOLS)), workers=st.integers(1, 4))
-    def warm_up(self, pool: str, workers: int) -> None:
-        self.do(WarmUpRequested(pool, workers))
+    @rule(
+        wish=st.builds(WarmUpRequested, st.sampled_from(list(POOLS)), st.integers(1, 4))
+        | st.builds(StopRequested, st.none() | st.sampled_from(list(POOLS)))
+    )
+    def warm_up_or_stop(self, wish: Stimulus) -> None:
+        self.do(wish)
 
-    @rule(pool=st.none() | st.sampled_from(list(POOLS)))
-    def stop_workers(self, pool: str | None) -> None:
-        self.do(StopRequested(pool))
-
-    @precondition(lambda self: len(self.accepted) > 6)
+    @precondition(lambda self: len(self.accepted) > 25)
     @rule()
     def close(self) -> None:
         self.closing = True
@@ -166,9 +177,23 @@ class World(RuleBasedStateMachine):
     # --- workers --------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.living)
+    @rule()
+    def whoever_starts_is_ready(self) -> None:
+        for worker in sorted(self.living):
+            if self.machine.workers[worker].state == "starting":
+                self.do(WorkerReady(worker))
+
+    @precondition(lambda self: self.living)
     @rule(data=st.data())
-    def a_worker_is_ready(self, data: st.DataObject) -> None:
+    def a_ready_comes_at_any_time(self, data: st.DataObject) -> None:
         self.do(WorkerReady(self.pick(data, sorted(self.living))))
+
+    @precondition(lambda self: self.runs)
+    @rule()
+    def all_that_runs_is_done(self) -> None:
+        for worker, (job, attempt) in sorted(self.runs.items()):
+            del self.runs[worker]
+            self.do(JobReplied(worker, job, attempt, "done", None))
 
     @precondition(lambda self: self.runs)
     @rule(data=st.data(), outcome=st.sampled_from(list(OUTCOMES)))
@@ -195,6 +220,12 @@ class World(RuleBasedStateMachine):
     def a_worker_exits(self, data: st.DataObject, code: int | None) -> None:
         self.exits(self.pick(data, sorted(self.living)), code)
 
+    @precondition(lambda self: self.asked | self.killed)
+    @rule()
+    def whoever_was_told_to_exits(self) -> None:
+        for worker in sorted(self.asked | self.killed):
+            self.exits(worker, 0)
+
     def exits(self, worker: str, code: int | None) -> None:
         del self.living[worker]
         self.killed.discard(worker)
@@ -220,7 +251,7 @@ class World(RuleBasedStateMachine):
 
     # --- time -----------------------------------------------------------------------------------------
 
-    @rule(seconds=st.floats(0.0, 12.0))
+    @rule(seconds=st.floats(0.0, 2.0) | st.floats(0.0, 40.0))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.tick()
@@ -280,11 +311,12 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def room_is_made_for_whoever_waits(self) -> None:
-        """A full house of idle workers is not kept while a pool without any waits."""
+        """No worker idles while a pool that has none waits, unless another one is making room already."""
         for pool in self.machine.pools.values():
             alone = not [w for w in pool.workers if self.machine.workers[w].state != "stopping"]
-            if pool.queue and alone and self.now >= pool.not_before_s and pool.given_up is None:
-                assert any(w.state != "idle" for w in self.machine.workers.values())
+            if pool.queue and alone and not pool.not_before_s and pool.given_up is None:
+                states = {worker.state for worker in self.machine.workers.values()}
+                assert "stopping" in states or "idle" not in states
 
     @invariant()
     def whoever_is_closing_is_on_the_ladder(self) -> None:
@@ -314,8 +346,8 @@ class World(RuleBasedStateMachine):
 
 TestWorld = World.TestCase
 TestWorld.settings = settings(
-    max_examples=120,
-    stateful_step_count=60,
+    max_examples=100,
+    stateful_step_count=80,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

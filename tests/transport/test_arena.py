@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one from 3.11 on
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_a_full_arena_waits_for_a_block_to_be_freed(maker: Maker) -> None:
     held = arena.reserve(STEP)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(arena.reserve, STEP)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeout):
             waiting.result(timeout=0.05)
         arena.free(held.handle)
         assert waiting.result(timeout=10).address == held.address
@@ -272,7 +273,7 @@ def test_condemning_wakes_who_waits_for_room(maker: Maker) -> None:
     arena.reserve(STEP)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(arena.reserve, 1)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeout):
             waiting.result(timeout=0.05)
         arena.condemn()
         with pytest.raises(ArenaFull, match="closed to new blocks"):

@@ -159,6 +159,13 @@ def test_attributes_of_a_tensor_travel_with_it() -> None:
     assert got[0].origin["mask"].data_ptr() == got[0].data_ptr()
 
 
+def test_attributes_of_many_tensors_are_not_mixed_up() -> None:
+    tensors: list[Any] = [torch.zeros(1) for _ in range(50)]
+    for number, tensor in enumerate(tensors):
+        tensor.number = number
+    assert [tensor.number for tensor in round_trip(tensors)] == list(range(50))
+
+
 def test_sizes_dtypes_and_devices_travel() -> None:
     value = [torch.Size([2, 3]), torch.Size([]), torch.float8_e5m2, torch.qint8, torch.device("cuda", 1)]
     got = round_trip({"list": value, torch.bfloat16: {torch.device("cpu")}})
@@ -209,9 +216,9 @@ class Mine(torch.Tensor):
     pass
 
 
-def freed() -> torch.Tensor:
+def resized(nbytes: int) -> torch.Tensor:
     tensor = torch.rand(10)
-    tensor.untyped_storage().resize_(0)
+    tensor.untyped_storage().resize_(nbytes)
     return tensor
 
 
@@ -242,7 +249,8 @@ def with_hook() -> Any:
             "subclass of torch.Tensor",
         ),
         (lambda: torch.rand(3).to_mkldnn(), r"to_dense\(\)"),
-        (freed, "freed or resized"),
+        (lambda: resized(0), "freed or resized"),
+        (lambda: resized(39), "freed or resized"),
         (lambda: untyped_torch._efficientzerotensor((3,)), "no memory|can't be reached"),
         (lambda: torch.strided, "no codec"),
         (lambda: torch.ones(1).reshape((1,) * 65), "more than 64 dimensions"),
@@ -309,6 +317,14 @@ def test_columns_that_only_interleave_are_packed(store: FakeStore) -> None:
     got, encoded = round_trip_both(list(image.unbind(-1)), store)
     assert_same(list(image.unbind(-1)), got)
     assert encoded.stats.copied_bytes == image.nbytes
+
+
+def test_a_wide_view_inside_of_what_crosses_anyway_costs_nothing(store: FakeStore) -> None:
+    base = torch.rand(50, 10)
+    sent = [base[:, :6], base[:40, 7]]
+    got, encoded = round_trip_both(sent, store)
+    assert_same(sent, got)
+    assert encoded.stats.copies == 1
 
 
 def test_wide_views_that_do_overlap_keep_sharing(store: FakeStore) -> None:

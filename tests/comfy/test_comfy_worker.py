@@ -1,0 +1,126 @@
+"""A real ComfyUI in a worker process, driven through the embedding API."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from legion_shm import (
+    InvalidWorkflow,
+    JobCancelled,
+    JobFailed,
+    NodeEvent,
+    PreviewEvent,
+    ProgressEvent,
+    StartupError,
+    Supervisor,
+    WorkerSpec,
+)
+from tests.comfy.conftest import RealComfyUI
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.timeout(300)]
+
+_WAIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def spec(comfyui: RealComfyUI) -> WorkerSpec:
+    return WorkerSpec(
+        engine="comfy",
+        comfyui_path=str(comfyui.path),
+        python_executable=str(comfyui.python),
+        extra_args=tuple(comfyui.arguments),
+    )
+
+
+@pytest.fixture(scope="module")
+def legion() -> Iterator[Supervisor]:
+    with Supervisor() as supervisor:
+        yield supervisor
+
+
+def chain(class_type: str) -> dict[str, Any]:
+    return {
+        "0": {"class_type": "LegionImporter", "inputs": {}},
+        "1": {"class_type": class_type, "inputs": {"image": ["0", 0]}},
+        "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
+    }
+
+
+def test_an_image_goes_through_comfyui_and_comes_back(legion: Supervisor, spec: WorkerSpec) -> None:
+    image = torch.rand(2, 256, 256, 3)
+    result = legion.submit(chain("ImageInvert"), inputs=[image], spec=spec).result(timeout=_WAIT_S)
+    assert torch.equal(result["output_1"], 1.0 - image)
+    assert result.stats.engine == "comfy"
+    assert [transfer.copies for transfer in result.stats.transfers] == [1, 1]
+
+
+def test_what_comfyui_says_arrives_as_events(legion: Supervisor, spec: WorkerSpec) -> None:
+    job = legion.submit(chain("ProbeSampler"), inputs=[torch.rand(1, 64, 64, 3)], spec=spec)
+    job.result(timeout=_WAIT_S)
+    events = list(job.events())
+    assert [event.status for event in events if isinstance(event, NodeEvent)] == ["started", "finished"] * 3
+    steps = [event for event in events if isinstance(event, ProgressEvent)]
+    assert (steps[-1].node_id, steps[-1].value, steps[-1].total) == ("1", 3.0, 3.0)
+    assert {(event.node_id, event.format) for event in events if isinstance(event, PreviewEvent)} == {
+        ("1", "JPEG")
+    }
+
+
+def test_output_nodes_report_what_they_saved(legion: Supervisor, spec: WorkerSpec) -> None:
+    prompt = chain("ImageInvert")
+    prompt["3"] = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
+    result = legion.submit(prompt, inputs=[torch.rand(1, 8, 8, 3)], spec=spec).result(timeout=_WAIT_S)
+    assert result.ui["3"]["images"][0]["type"] == "temp"
+
+
+def test_a_failing_node_is_told_and_the_worker_goes_on(legion: Supervisor, spec: WorkerSpec) -> None:
+    image = torch.rand(1, 8, 8, 3)
+    with pytest.raises(JobFailed, match="no image of 1 suits me") as failed:
+        legion.submit(chain("ProbeFail"), inputs=[image], spec=spec).result(timeout=_WAIT_S)
+    assert failed.value.node_id == "1"
+    assert "legion_probe" in failed.value.traceback
+    assert failed.value.inputs_summary == "image: Tensor[1,8,8,3] float32 cpu"
+    with pytest.raises(InvalidWorkflow, match="NoSuchNode"):
+        legion.submit(chain("NoSuchNode"), inputs=[image], spec=spec).result(timeout=_WAIT_S)
+    result = legion.submit(chain("ImageInvert"), inputs=[image], spec=spec).result(timeout=_WAIT_S)
+    assert torch.equal(result["output_1"], 1.0 - image)
+    assert len(legion.workers()) == 1
+
+
+def test_cancel_reaches_the_running_node(legion: Supervisor, spec: WorkerSpec) -> None:
+    job = legion.submit(chain("ProbeSlow"), inputs=[torch.rand(1, 8, 8, 3)], spec=spec)
+    running = threading.Event()
+
+    def watch() -> None:
+        for event in job.events():
+            if isinstance(event, ProgressEvent):
+                running.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert running.wait(_WAIT_S)
+    worker = legion.workers()[0].pid
+    job.cancel()
+    with pytest.raises(JobCancelled):
+        job.result(timeout=3)
+    watcher.join(_WAIT_S)
+    assert legion.workers()[0].pid == worker, "the worker had to be ended"
+
+
+def test_the_second_job_finds_its_nodes_cached(legion: Supervisor, spec: WorkerSpec) -> None:
+    image = legion.share(torch.rand(1, 32, 32, 3))
+    first = legion.submit(chain("ImageInvert"), inputs=[image], spec=spec).result(timeout=_WAIT_S)
+    second = legion.submit(chain("ImageInvert"), inputs=[image], spec=spec).result(timeout=_WAIT_S)
+    assert torch.equal(first["output_1"], second["output_1"])
+    assert (second.stats.nodes_executed, second.stats.nodes_cached) == (1, 2)
+
+
+def test_arguments_that_comfyui_refuses_are_told(legion: Supervisor, spec: WorkerSpec) -> None:
+    wrong = spec.model_copy(update={"extra_args": ("--no-such-argument",)})
+    with pytest.raises(StartupError, match="unrecognized arguments: --no-such-argument"):
+        legion.submit(chain("ImageInvert"), inputs=[1], spec=wrong).result(timeout=_WAIT_S)

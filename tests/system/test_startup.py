@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from legion_shm import ConfigError, StartupError, StartupTimeout, Supervisor, WorkerSpec
+from tests.system.support import flow, gone, in_threads, pid_of, run, spec, wait_for
+
+SPAWNED = """
+from pathlib import Path
+with open({counter!r}, "a") as file:
+    file.write("x")
+starts = len(Path({counter!r}).read_text())
+NODE_CLASS_MAPPINGS = {{}}
+"""
+
+
+def module(folder: Path, text: str, name: str = "own_nodes") -> Path:
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    return path
+
+
+def counting_module(folder: Path, then: str) -> tuple[Path, Path]:
+    """A node module that adds a letter to a file at each import, then does ``then``."""
+    counter = folder / "starts"
+    return module(folder, SPAWNED.format(counter=str(counter)) + then), counter
+
+
+def test_a_broken_node_module_is_quoted_and_given_up_at_the_second_time(tmp_path: Path) -> None:
+    path, counter = counting_module(tmp_path, "print('about to break')\n1 / 0  # the broken line\n")
+    broken = WorkerSpec(engine="graph", node_modules=[path])
+    with Supervisor() as legion:
+        for _ in range(2):
+            jobs = [legion.submit(flow("TestPass"), spec=broken) for _ in range(3)]
+            for job in jobs:
+                with pytest.raises(StartupError, match="ZeroDivisionError") as caught:
+                    job.result(timeout=30)
+                assert "1 / 0  # the broken line" in caught.value.traceback
+                assert "about to break" in caught.value.log_tail
+        starts = len(counter.read_text())
+        assert starts >= 2
+        with pytest.raises(StartupError, match="ZeroDivisionError"):
+            legion.submit(flow("TestPass"), spec=broken).result(timeout=30)
+        assert len(counter.read_text()) == starts, "the third time nothing was started"
+        assert run(legion, "TestPass", 1) == 1, "other specs are not affected"
+
+
+def test_a_missing_module_and_one_without_nodes_say_so(tmp_path: Path) -> None:
+    with Supervisor() as legion:
+        for given, text in (("no_such_module_here", "no_such_module_here"), ("json", "NODE_CLASS_MAPPINGS")):
+            job = legion.submit(flow("TestPass"), spec=WorkerSpec(engine="graph", node_modules=[given]))
+            with pytest.raises(StartupError, match=text):
+                job.result(timeout=30)
+
+
+def test_a_worker_that_dies_by_a_signal_at_its_start_is_tried_again(tmp_path: Path) -> None:
+    path, counter = counting_module(tmp_path, "import os, signal\nif starts <= 2: os.kill(os.getpid(), signal.SIGKILL)\n")
+    with Supervisor(restart_backoff_s=0.01) as legion:
+        job = legion.submit(flow("TestPass"), inputs=["value"], spec=spec(node_modules=[str(path)]))
+        assert job.result(timeout=60)["output_1"] == "value"
+        assert len(counter.read_text()) == 3
+        assert [event.kind for event in job.events()][:2] == ["queued", "started"]
+
+
+def test_a_worker_that_keeps_dying_at_its_start_is_given_up_within_the_budget(tmp_path: Path) -> None:
+    path, counter = counting_module(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n")
+    with Supervisor(restart_backoff_s=0.01, restart_budget=1) as legion:
+        job = legion.submit(flow("TestPass"), spec=spec(node_modules=[str(path)]))
+        with pytest.raises(StartupError, match=r"restart_budget.*SIGKILL"):
+            job.result(timeout=60)
+        assert len(counter.read_text()) == 2
+        with pytest.raises(StartupError):
+            legion.submit(flow("TestPass"), spec=spec(node_modules=[str(path)])).result(timeout=5)
+        assert len(counter.read_text()) == 2
+
+
+def test_a_worker_that_never_gets_ready_is_ended_and_the_setting_named(tmp_path: Path) -> None:
+    path = module(tmp_path, "import time\ntime.sleep(600)\nNODE_CLASS_MAPPINGS = {}\n")
+    with Supervisor() as legion:
+        slow = WorkerSpec(engine="graph", node_modules=[path], startup_timeout_s=0.4)
+        job = legion.submit(flow("TestPass"), spec=slow)
+        wait_for(lambda: legion.workers() and legion.workers()[0].pid, "the worker is starting")
+        pid = pid_of(legion.workers()[0])
+        with pytest.raises(StartupTimeout, match="startup_timeout_s"):
+            job.result(timeout=30)
+        wait_for(lambda: gone(pid), "its process has ended")
+
+
+def test_a_python_that_is_not_there_or_is_none_is_an_error(tmp_path: Path) -> None:
+    with Supervisor(restart_budget=0) as legion:
+        with pytest.raises((ConfigError, StartupError), match="no-such-python"):
+            legion.submit(flow("TestPass"), spec=spec(python_executable="/no-such-python")).result(timeout=30)
+        with pytest.raises(StartupError, match="exited with code 1"):
+            legion.submit(flow("TestPass"), spec=spec(python_executable="/bin/false")).result(timeout=30)
+        bare = tmp_path / "python"
+        bare.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        bare.chmod(0o755)
+        assert legion.submit(flow("TestPass"), inputs=[3], spec=spec(python_executable=bare)).result(timeout=30)[
+            "output_1"
+        ] == 3
+
+
+def test_the_environment_is_set_before_torch_loads_and_ours_is_untouched() -> None:
+    """Workers of four specs are started while threads change this process's environment all the time."""
+    stop = threading.Event()
+    os.environ["LEGION_TEST_PARENT"] = "inherited"
+
+    def disturb() -> None:
+        number = 0
+        while not stop.is_set():
+            os.environ[f"LEGION_TEST_{number % 50}"] = "x"
+            os.environ.pop(f"LEGION_TEST_{(number + 25) % 50}", None)
+            number += 1
+            time.sleep(0)
+
+    before = {name for name in os.environ if not name.startswith("LEGION_TEST_")}
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        with Supervisor() as legion:
+
+            def ask(threads: int) -> None:
+                own = spec(env={"OMP_NUM_THREADS": str(threads % 2 + 1), "LEGION_TEST_OWN": f"number {threads}"})
+                workflow = flow("TestEnviron", name="LEGION_TEST_OWN")
+                result = legion.submit(workflow, spec=own).result(timeout=60)
+                assert result["output_1"] == f"number {threads}"
+                assert result["output_2"] == threads % 2 + 1, "torch took it from its environment"
+                workflow = flow("TestEnviron", name="LEGION_TEST_PARENT")
+                assert legion.submit(workflow, spec=own).result(timeout=60)["output_1"] == "inherited"
+                assert "LEGION_TEST_OWN" not in os.environ
+
+            in_threads(4, ask)
+    finally:
+        stop.set()
+        disturber.join()
+        for name in [name for name in os.environ if name.startswith("LEGION_TEST_")]:
+            del os.environ[name]
+    assert {*os.environ} == before
+
+
+def test_equal_specs_share_a_worker_and_different_ones_do_not() -> None:
+    with Supervisor() as legion:
+
+        def pid(given: WorkerSpec) -> int:
+            return legion.submit(flow("TestCounter"), spec=given).result(timeout=60)["output_2"]
+
+        first = pid(spec(env={"A": "1", "B": "2"}))
+        assert pid(spec(env={"B": 2, "A": "1"})) == first
+        assert pid(spec(env={"A": "1", "B": "3"})) != first
+        assert pid(spec(env={"A": "1", "B": "2"}, startup_timeout_s=60)) != first
+        assert len(legion.workers()) == 3
+        assert len({worker.spec_key for worker in legion.workers()}) == 3

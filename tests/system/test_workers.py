@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from legion_shm import Job, JobCancelled, Supervisor, SupervisorClosed, WorkerSpec
+from legion_shm.testing import assert_nothing_left, snapshot
+from tests.system.support import Gate, flow, gone, in_threads, only_worker, pid_of, run, spec, wait_for
+
+MB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def legion() -> Iterator[Supervisor]:
+    with Supervisor() as supervisor:
+        yield supervisor
+
+
+def test_a_snapshot_says_what_a_worker_is_and_does(legion: Supervisor, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    job = legion.submit(gate.flow(), inputs=[torch.ones(MB)], spec=spec())
+    gate.entered()
+    worker = only_worker(legion)
+    assert (worker.state, worker.engine, worker.job_id) == ("busy", "graph", job.id)
+    assert psutil.pid_exists(pid_of(worker))
+    assert worker.host
+    gate.open()
+    result = job.result(timeout=20)
+    idle = only_worker(legion)
+    assert (idle.state, idle.job_id, idle.jobs_done) == ("idle", None, 1)
+    run(legion, "TestBig", nbytes=4 * MB)
+    assert only_worker(legion).arena_bytes >= 4 * MB
+    wait_for(lambda: only_worker(legion).rss_bytes > 50 * MB, "a heartbeat told its size")
+    assert result.engine == result.stats.engine == "graph"
+    assert result.stats.worker_id == worker.id
+
+
+def test_workers_are_warmed_up_before_the_first_job() -> None:
+    with Supervisor() as legion:
+        two = spec(max_workers=2)
+        legion.warm_up(two, workers=5)
+        wait_for(lambda: [worker.state for worker in legion.workers()] == ["idle", "idle"], "two are idle")
+        legion.stop_workers(two)
+        wait_for(lambda: not legion.workers(), "they have stopped")
+        assert legion.submit(flow("TestPass"), inputs=[1], spec=two).result(timeout=30)["output_1"] == 1
+
+
+def test_stopping_waits_for_the_job_that_runs(legion: Supervisor, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    job = legion.submit(gate.flow(), inputs=["value"], spec=spec())
+    gate.entered()
+    pid = pid_of(only_worker(legion))
+    legion.stop_workers(spec())
+    later = legion.submit(flow("TestCounter"), spec=spec())
+    gate.open()
+    assert job.result(timeout=20)["output_1"] == "value"
+    assert later.result(timeout=30)["output_2"] != pid, "a new one runs what came later"
+    wait_for(lambda: gone(pid), "the old one has ended")
+
+
+def test_free_drops_what_the_worker_has_cached(legion: Supervisor) -> None:
+    workflow = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "2": {"class_type": "LegionOutput", "inputs": {"name": "image", "value": ["1", 0]}},
+    }
+
+    def cached() -> int:
+        return legion.submit(workflow, spec=spec()).result(timeout=30).stats.nodes_cached
+
+    cached()
+    assert cached() == 1
+    legion.free()
+    assert cached() == 0
+    legion.free(spec())
+    assert cached() == 0
+
+
+def test_a_worker_ends_after_its_last_job_and_after_its_idle_time() -> None:
+    with Supervisor() as legion:
+        once = spec(max_jobs_per_life=2, env={"POOL": "once"})
+        pids = [legion.submit(flow("TestCounter"), spec=once).result(timeout=30)["output_2"] for _ in range(3)]
+        assert pids[0] == pids[1] != pids[2]
+        wait_for(lambda: gone(pids[0]), "the first has ended")
+        legion.stop_workers()
+        wait_for(lambda: not legion.workers(), "all have stopped")
+        brief = spec(idle_timeout_s=0.1, env={"POOL": "brief"})
+        result = legion.submit(flow("TestBig"), spec=brief).result(timeout=30)["output_1"]
+        wait_for(lambda: not legion.workers(), "it was idle for long enough")
+        assert float(result.sum()) == result.numel()
+
+
+def test_specs_beyond_max_workers_take_turns() -> None:
+    with Supervisor(max_workers=1) as legion:
+        for name in ("a", "b", "a"):
+            own = spec(env={"POOL": name})
+            asked = legion.submit(flow("TestEnviron", name="POOL"), spec=own)
+            assert asked.result(timeout=30)["output_1"] == name
+            assert len(legion.workers()) == 1
+
+
+def test_idle_memory_goes_back_to_the_system() -> None:
+    with Supervisor(idle_trim_s=0.1, lease_flush_s=0.005) as legion:
+        result = run(legion, "TestAdd", torch.ones(4 * MB))
+        worker = psutil.Process(pid_of(only_worker(legion)))
+        assert legion._memory.stats().total_bytes >= 16 * MB
+        assert only_worker(legion).arena_bytes >= 16 * MB
+        del result
+        wait_for(lambda: not legion._memory.stats().total_bytes, "the supervisor's arena is given back")
+        wait_for(lambda: not only_worker(legion).arena_bytes, "the worker's arena is given back")
+        wait_for(lambda: not [m for m in worker.memory_maps() if "memfd:legion" in m.path], "and unmapped there")
+        assert float(run(legion, "TestAdd", torch.ones(4 * MB))[-1]) == 2.0
+
+
+def test_two_supervisors_in_one_program_do_not_meet() -> None:
+    with Supervisor() as one, Supervisor(segments="portable") as two:
+
+        def churn(number: int) -> None:
+            value = torch.full((MB // 4,), float(number))
+            for step in range(10):
+                first = run(one if (number + step) % 2 else two, "TestAdd", value)
+                value = run(two if (number + step) % 2 else one, "TestAdd", first)
+            assert float(value.min()) == float(value.max()) == number + 20.0
+
+        in_threads(4, churn)
+        assert one.workers()[0].pid != two.workers()[0].pid
+        one.close()
+        assert run(two, "TestPass", 1) == 1
+
+
+def test_closing_while_many_threads_submit_ends_each_of_their_jobs() -> None:
+    before = snapshot()
+    legion = Supervisor(cancel_grace_s=0.5)
+    run(legion, "TestPass")
+    started, jobs, refused = threading.Barrier(7), list[Job](), list[BaseException]()
+
+    def submit() -> None:
+        value = torch.ones(MB // 4)
+        started.wait(timeout=20)
+        while True:
+            try:
+                jobs.append(legion.submit(flow("TestAdd"), inputs=[value], spec=spec()))
+            except SupervisorClosed as error:
+                refused.append(error)
+                return
+
+    def close() -> None:
+        started.wait(timeout=20)
+        wait_for(lambda: len(jobs) > 20, "some jobs were submitted")
+        legion.close()
+
+    in_threads(7, lambda number: close() if number == 0 else submit())
+    assert len(refused) == 6
+    for job in jobs:
+        error = job.exception(timeout=0)
+        assert error is None or isinstance(error, JobCancelled), error
+        if error is None:
+            assert float(job.result()["output_1"][0]) == 2.0
+    del job, jobs, legion
+    assert_nothing_left(before)
+
+
+def test_two_threads_that_are_first_with_a_spec_do_not_trip_each_other(
+    legion: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    define, submitted, first = legion._loop.define, threading.Event(), threading.Lock()
+
+    def slow_define(pool: str, given: WorkerSpec) -> None:
+        if first.acquire(blocking=False):
+            submitted.wait(timeout=1.0)  # the other thread overtakes
+        define(pool, given)
+
+    monkeypatch.setattr(legion._loop, "define", slow_define)
+    new = spec(env={"POOL": "both first"})
+
+    def ask(number: int) -> None:
+        if number:
+            wait_for(first.locked, "the other one is first")
+        job = legion.submit(flow("TestPass"), inputs=[number], spec=new)
+        submitted.set()
+        assert job.result(timeout=30)["output_1"] == number
+
+    in_threads(2, ask)
+    legion.stop_workers(new)
+
+
+def test_a_finalizer_may_submit_cancel_and_drop(legion: Supervisor) -> None:
+    jobs: list[Job] = []
+
+    class Owner:
+        def __init__(self) -> None:
+            self.cycle: Any = self
+
+        def __del__(self) -> None:
+            jobs.append(legion.submit(flow("TestAdd"), inputs=[torch.ones(MB // 4)], spec=spec()))
+            if len(jobs) % 3 == 0:
+                jobs[-1].cancel()
+
+    for _ in range(30):
+        weakref.ref(Owner())
+        result = run(legion, "TestAdd", torch.ones(MB // 4))
+        assert float(result[0]) == 2.0
+    import gc
+
+    gc.collect()
+    assert len(jobs) == 30
+    for job in jobs:
+        assert isinstance(job.exception(timeout=30), (JobCancelled, type(None)))
+
+
+@pytest.mark.parametrize(("segments", "channel"), [("portable", "ipc"), ("memfd", "tcp"), ("portable", "tcp")])
+def test_the_other_kinds_of_memory_and_channel_do_the_same(segments: str, channel: str, tmp_path: Path) -> None:
+    with Supervisor(segments=segments, channel=channel, cancel_grace_s=0.3) as legion:
+        two = spec(max_workers=2)
+
+        def churn(number: int) -> None:
+            value: Any = torch.full((MB // 4,), float(number))
+            for step in range(10):
+                job = legion.submit(flow("TestAdd"), inputs=[value], spec=two)
+                value = job.result(timeout=30)["output_1"]
+                assert float(value.min()) == float(value.max()) == number + step + 1.0
+            value[0] = -1.0
+            again = legion.submit(flow("TestAdd"), inputs=[value], spec=two).result(timeout=30)["output_1"]
+            assert (float(again[0]), float(again[1])) == (0.0, number + 11.0)
+
+        in_threads(4, churn)
+        gate = Gate(tmp_path)
+        job = legion.submit(gate.flow(), spec=two)
+        gate.entered()
+        job.cancel()
+        assert isinstance(job.exception(timeout=20), JobCancelled)
+        small = legion.submit(flow("TestText", length=100_000), spec=two).result(timeout=30)
+        assert len(small["output_1"]) == 100_000
