@@ -10,13 +10,13 @@ changes nothing of what it is given, and knows node classes only through a funct
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from legion_shm.errors import InvalidWorkflow
+from legion_shm.nodes.saved_json import as_dict, as_dicts, as_items
 from legion_shm.nodes.saved_subgraphs import promoted_values
 from legion_shm.nodes.saved_widgets import choose_variants, widget_values
 
@@ -51,7 +51,7 @@ def convert_saved_workflow(
     broken.
     """
     definitions: dict[str, Mapping[str, Any]] = {}
-    for definition in _dicts(_dict(saved.get("definitions")).get("subgraphs")):
+    for definition in as_dicts(as_dict(saved.get("definitions")).get("subgraphs")):
         definitions[str(definition.get("id"))] = definition
     root = _Graph(saved, definitions, path=(), outer=None, instance=None)
     prompt: dict[str, dict[str, Any]] = {}
@@ -77,13 +77,13 @@ def _converted(graph: _Graph, node: Node, node_class: Lookup, pick: random.Rando
     inputs: dict[str, Any] = {}
     for name, value in widget_values(node, info, where).items():
         inputs[name] = _constant(_processed(value, name, info, pick))
-    for slot in _dicts(node.get("inputs")):
+    for slot in as_dicts(node.get("inputs")):
         source = graph.source(slot, str(slot.get("type", "*")), _Trail())
         if isinstance(source, _Value):
             inputs[str(slot.get("name"))] = _constant(source.value)
         elif source is not None:
             inputs[str(slot.get("name"))] = [source.node_id, source.slot]
-    title = node.get("title") or _dict(node.get("properties")).get("Node name for S&R") or kind
+    title = node.get("title") or as_dict(node.get("properties")).get("Node name for S&R") or kind
     return {"class_type": kind, "inputs": inputs, "_meta": {"title": str(title)}}
 
 
@@ -105,20 +105,20 @@ def _processed(value: Any, name: str, info: Mapping[str, Any], pick: random.Rand
     if not isinstance(value, str):
         return value
     for group in ("required", "optional"):
-        spec: object = _dict(_dict(info.get("input")).get(group)).get(name)
-        options = cast("Sequence[Any]", spec)[1:2] if isinstance(spec, (list, tuple)) else ()
-        if options and _dict(options[0]).get("dynamicPrompts"):
+        spec: object = as_dict(as_dict(info.get("input")).get(group)).get(name)
+        options = as_items(spec)[1:2]
+        if options and as_dict(options[0]).get("dynamicPrompts"):
             return choose_variants(value, pick)
     return value
 
 
 def _constant(value: Any) -> Any:
     """A list as a constant has to be wrapped, for two items would be taken for a link."""
-    return {"__value__": value} if isinstance(value, list) else value
+    return {"__value__": [*as_items(value)]} if isinstance(value, list) else value
 
 
 def _dangles(value: Any, prompt: Mapping[str, Any]) -> bool:
-    return isinstance(value, list) and cast("list[Any]", value)[0] not in prompt
+    return isinstance(value, list) and as_items(value)[0] not in prompt
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Graph:
             raise InvalidWorkflow(f"subgraphs are nested more than {_MAX_DEPTH} deep, or contain themselves")
         self._saved, self._definitions = saved, definitions
         self._path, self._outer, self._instance = path, outer, instance
-        self._nodes = {str(node.get("id")): node for node in _dicts(saved.get("nodes"))}
+        self._nodes = {str(node.get("id")): node for node in as_dicts(saved.get("nodes"))}
         self._links = dict(_links(saved.get("links")))
         self._inner: dict[str, _Graph] = {}
         self._promoted = {} if instance is None else promoted_values(instance, saved, definitions)
@@ -209,12 +209,12 @@ class _Graph:
         return self._output(node, link.slot, kind, trail)
 
     def _from_outside(self, number: int, kind: str, trail: _Trail) -> _Source:
-        declared = _dicts(self._saved.get("inputs"))
+        declared = as_dicts(self._saved.get("inputs"))
         if self._outer is None or self._instance is None or not 0 <= number < len(declared):
             raise InvalidWorkflow(f"subgraph {self._saved.get('name')!r} has no input {number}")
         name = str(declared[number].get("name"))
         trail.step(self._outer, self._instance, number, "in")
-        for slot in _dicts(self._instance.get("inputs")):
+        for slot in as_dicts(self._instance.get("inputs")):
             if slot.get("name") == name and slot.get("link") is not None:
                 return self._outer.source(slot, kind, trail)
         return _Value(self._promoted[name]) if name in self._promoted else None
@@ -224,11 +224,10 @@ class _Graph:
         if node.get("mode") == _BYPASSED:
             return self._bypassed(node, slot, kind, trail)
         if node.get("type") == _PRIMITIVE:
-            values: object = node.get("widgets_values")
-            items = cast("list[Any]", values) if isinstance(values, list) else []
+            items = as_items(node.get("widgets_values"))
             return _Value(items[0]) if items else None
         if node.get("type") == _REROUTE:
-            entries = _dicts(node.get("inputs"))
+            entries = as_dicts(node.get("inputs"))
             return self.source(entries[0], kind, trail) if entries else None
         inner = self._subgraph(node)
         if inner is None or node.get("mode") == _MUTED:
@@ -247,8 +246,8 @@ class _Graph:
         return None
 
     def _bypassed(self, node: Node, slot: int, kind: str, trail: _Trail) -> _Source:
-        """A bypassed node gives on an input: that of the same number if it fits, else the first that does."""
-        inputs, outputs = _dicts(node.get("inputs")), _dicts(node.get("outputs"))
+        """A bypassed node gives an input on: that of the same number if it fits, else the first that does."""
+        inputs, outputs = as_dicts(node.get("inputs")), as_dicts(node.get("outputs"))
         given = str(outputs[slot].get("type", "*")) if slot < len(outputs) else "*"
         if not inputs:
             return None
@@ -286,19 +285,19 @@ class _Link:
 
 def _links(saved: object) -> Iterator[tuple[str, _Link]]:
     """Links are lists in the workflow and objects in subgraphs (and in the newer schema)."""
-    for link in cast("list[Any]", saved) if isinstance(saved, list) else []:
+    for link in as_items(saved):
+        if link is None:
+            continue  # litegraph leaves holes
         try:
             if isinstance(link, Mapping):
-                entry = cast("Mapping[str, Any]", link)
-                number = entry["id"]
-                parts = (entry["origin_id"], entry["origin_slot"], entry["target_id"], entry["target_slot"])
+                entry = as_dict(link)
+                parts = [entry[key] for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
             else:
-                number, *rest = cast("list[Any]", link)
-                parts = (rest[0], rest[1], rest[2], rest[3])
-            yield str(number), _Link(str(parts[0]), int(parts[1]), str(parts[2]), int(parts[3]))
+                parts = [as_items(link)[number] for number in range(5)]
+            yield str(parts[0]), _Link(str(parts[1]), int(parts[2]), str(parts[3]), int(parts[4]))
         except (KeyError, IndexError, TypeError, ValueError):
-            if link is not None:  # litegraph leaves holes
-                raise InvalidWorkflow(f"a link is broken: {copy.copy(link)!r}") from None
+            shown = repr(link)
+            raise InvalidWorkflow(f"a link is broken: {shown[:100]}") from None
 
 
 def _connects(one: str, other: str) -> bool:
@@ -306,12 +305,3 @@ def _connects(one: str, other: str) -> bool:
     if one in ("*", "", "0") or other in ("*", "", "0"):
         return True
     return bool(set(one.lower().split(",")) & set(other.lower().split(",")))
-
-
-def _dict(value: object) -> Mapping[str, Any]:
-    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
-
-
-def _dicts(value: object) -> list[Mapping[str, Any]]:
-    items = cast("list[Any]", value) if isinstance(value, list) else []
-    return [cast("Mapping[str, Any]", item) for item in items if isinstance(item, Mapping)]

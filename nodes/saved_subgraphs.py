@@ -25,7 +25,7 @@ def promoted_values(
 ) -> dict[str, Any]:
     """The values of an instance's own widgets, by the name of the subgraph's input."""
     promoted = [
-        entry for entry in _dicts(definition.get("inputs")) if _is_widget(entry, definition, definitions, 0)
+        entry for entry in as_dicts(definition.get("inputs")) if _is_widget(entry, definition, definitions, 0)
     ]
     named: object = instance.get("widgets_values_named")
     if isinstance(named, Mapping):
@@ -76,8 +76,8 @@ def _is_widget(
     wanted = (
         {str(number) for number in cast("list[Any]", numbers)} if isinstance(numbers, list) else set[str]()
     )
-    for node in _dicts(definition.get("nodes")):
-        for slot in _dicts(node.get("inputs")):
+    for node in as_dicts(definition.get("nodes")):
+        for slot in as_dicts(node.get("inputs")):
             if slot.get("link") is None or str(slot["link"]) not in wanted:
                 continue
             if slot.get("widget"):
@@ -86,12 +86,7 @@ def _is_widget(
             if inner is not None and depth < _MAX_DEPTH:
                 return any(
                     _is_widget(deeper, inner, definitions, depth + 1)
-                    for deeper in _dicts(inner.get("inputs"))
+                    for deeper in as_dicts(inner.get("inputs"))
                     if deeper.get("name") == slot.get("name")
                 )
     return False
-
-
-def _dicts(value: object) -> list[Mapping[str, Any]]:
-    items = cast("list[Any]", value) if isinstance(value, list) else []
-    return [cast("Mapping[str, Any]", item) for item in items if isinstance(item, Mapping)]

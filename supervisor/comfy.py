@@ -21,7 +21,7 @@ import os
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -247,7 +247,7 @@ def _validated_outputs(comfy: HeadlessComfy, job_id: str, prompt: Workflow) -> l
 
 
 @contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
+def _nothing_collected() -> Generator[None, None, None]:
     """For a start, which makes a million objects that stay: 4.3 s instead of 5.8 s, and 16 MB more.
 
     Later collections pass these objects over too, and take 0.2 ms instead of 300.

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -196,7 +196,7 @@ def _need(root: Path, module: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _no_second_console() -> Any:
+def _no_second_console() -> Generator[None, None, None]:
     """Drop ComfyUI's console handler where somebody takes log records already: each line would come twice."""
     root = logging.getLogger()
     before = list(root.handlers)
