@@ -109,9 +109,7 @@ def explain(error: LegionError, *, verbose: bool) -> str:
             lines.append(f"Inputs of {where}:\n{error.inputs_summary.rstrip()}")
     if traceback:
         lines.append(
-            f"Traceback in the worker:\n{traceback}"
-            if verbose
-            else "(-v shows the worker's traceback)"
+            f"Traceback in the worker:\n{traceback}" if verbose else "(-v shows the worker's traceback)"
         )
     if isinstance(error, (WorkerLost, StartupError)) and error.log_tail:
         tail = error.log_tail if verbose else error.log_tail[-_TAIL_LINES:]

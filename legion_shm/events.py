@@ -115,7 +115,10 @@ class LogEvent(Event):
 
 @dataclass(frozen=True)
 class JobRetrying(Event):
-    """The worker was lost and the job, which asked for retries, waits for another one."""
+    """The worker was lost and the job, which asked for retries, waits for another one.
+
+    ``attempt`` is the one that was lost.
+    """
 
     name = "retrying"
     attempt: int

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import JobFailed, LegionError, StartupError, WorkerLost
 from legion_shm.events import Event, LogEvent, NodeEvent, PreviewEvent, ProgressEvent
+from legion_shm.nodes.saved_json import as_items
 
 if TYPE_CHECKING:
     from legion_shm.supervisor.job import Job
@@ -115,7 +116,7 @@ class _Shown:
         elif isinstance(event, PreviewEvent):
             self._show(None, _picture(event))
         elif isinstance(event, LogEvent):
-            level = logging.getLevelName(event.level or "INFO")
+            level: object = getattr(logging, event.level or "INFO", None)
             _log.log(level if isinstance(level, int) else logging.INFO, "[worker] %s", event.text)
 
     def _show(self, fraction: float | None, preview: object = None) -> None:
@@ -230,11 +231,9 @@ def inherited_arguments(own: tuple[str, ...]) -> tuple[str, ...]:
 
 def _each(value: Any) -> list[list[str]]:
     """The words after an option, for each time that it was given."""
-    if not isinstance(value, (list, tuple)):
+    if isinstance(value, str) or not as_items(value):
         return [[str(value)]]
-    return [
-        [str(word) for word in item] if isinstance(item, (list, tuple)) else [str(item)] for item in value
-    ]
+    return [[str(word) for word in as_items(item) or (item,)] for item in as_items(value)]
 
 
 def blocked(message: str) -> object:

@@ -28,7 +28,7 @@ _log = logging.getLogger("legion_shm.nodes")
 
 
 class Campaign:
-    """``job`` runs a workflow of ``nodes`` nodes; without one there are ``outputs`` (of a dry run), or none."""
+    """``job`` runs a workflow of ``nodes`` nodes; without one it has ``outputs``, or none."""
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ def wait_for_all(campaigns: Sequence[Campaign]) -> None:
             campaign.cancel()
         raise
     if failures:
-        campaign, error = failures[0]
+        first, reason = failures[0]
         if len(failures) > 1:
             others = ", ".join(f"{other.id} ({other.status})" for other, _ in failures[1:])
-            _log.error("Legion: besides campaign %s these went wrong: %s", campaign.id, others)
-        raise error
+            _log.error("Legion: besides campaign %s these went wrong: %s", first.id, others)
+        raise reason

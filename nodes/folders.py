@@ -104,7 +104,7 @@ def global_settings(folders: Folders) -> GlobalSettings:
             "config.yaml",
             f"{path}: {', '.join(idle)}: without meaning now, as nothing goes by ports or files",
         )
-    roots = (folders.runtime / "workflows", folders.user / "workflows")
+    roots: tuple[Path, ...] = (folders.runtime / "workflows", folders.user / "workflows")
     if "paths.workflows_roots" in given:
         roots = tuple(folders.placed(root) for root in given["paths.workflows_roots"].texts() if root.strip())
     return GlobalSettings(

@@ -138,9 +138,9 @@ class MasterNode:
             remember(None if unique_id is None else str(unique_id), campaign)
             cancel_on_interruption(job)
             return campaign, *(blocked(_NOT_YET),) * self.CHANNELS
-        outputs = campaign.wait()
-        _tell_left_out(outputs, self.CHANNELS)
-        return campaign, *numbered_outputs(outputs, self.CHANNELS)
+        result = campaign.wait()
+        _tell_left_out(result, self.CHANNELS)
+        return campaign, *numbered_outputs(result, self.CHANNELS)
 
 
 def chosen_configuration(legion_config: Any, legion_campaign: Any) -> Any:

@@ -11,9 +11,9 @@ changes nothing of what it is given, and knows node classes only through a funct
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from legion_shm.errors import InvalidWorkflow
 from legion_shm.nodes.saved_json import as_dict, as_dicts, as_items
@@ -46,9 +46,8 @@ def convert_saved_workflow(
     """The API format of a saved workflow.
 
     ``node_class`` gives what a class declares, as ComfyUI's ``/object_info`` words it (``{"input":
-    {"required": ..., "optional": ...}}``), None for one that it does not know. ``pick`` chooses among ``{one|other}`` in
-    prompts. Raises InvalidWorkflow naming the node for a class that is not known, and for a file that is
-    broken.
+    {"required": {...}, "optional": {...}}}``), or None. ``pick`` chooses among ``{one|other}`` in prompts. Raises
+    InvalidWorkflow naming the node for a class that is not known, and for a file that is broken.
     """
     definitions: dict[str, Mapping[str, Any]] = {}
     for definition in as_dicts(as_dict(saved.get("definitions")).get("subgraphs")):
@@ -112,13 +111,14 @@ def _processed(value: Any, name: str, info: Mapping[str, Any], pick: random.Rand
     return value
 
 
-def _constant(value: Any) -> Any:
+def _constant(value: object) -> object:
     """A list as a constant has to be wrapped, for two items would be taken for a link."""
-    return {"__value__": [*as_items(value)]} if isinstance(value, list) else value
+    items = as_items(value)
+    return {"__value__": [*items]} if isinstance(value, (list, tuple)) else value
 
 
-def _dangles(value: Any, prompt: Mapping[str, Any]) -> bool:
-    return isinstance(value, list) and as_items(value)[0] not in prompt
+def _dangles(value: object, prompt: Mapping[str, Any]) -> bool:
+    return any(source not in prompt for source in as_items(value)[:1])
 
 
 @dataclass(frozen=True)
@@ -283,19 +283,19 @@ class _Link:
     target_slot: int
 
 
+_LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
+
+
 def _links(saved: object) -> Iterator[tuple[str, _Link]]:
     """Links are lists in the workflow and objects in subgraphs (and in the newer schema)."""
-    for link in as_items(saved):
+    for link in cast("Sequence[object]", as_items(saved)):
         if link is None:
             continue  # litegraph leaves holes
         try:
-            if isinstance(link, Mapping):
-                entry = as_dict(link)
-                parts = [entry[key] for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
-            else:
-                parts = [as_items(link)[number] for number in range(5)]
+            entry = as_dict(link) or dict(zip(_LINK_FIELDS, as_items(link), strict=False))
+            parts = [entry[key] for key in _LINK_FIELDS]
             yield str(parts[0]), _Link(str(parts[1]), int(parts[2]), str(parts[3]), int(parts[4]))
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             shown = repr(link)
             raise InvalidWorkflow(f"a link is broken: {shown[:100]}") from None
 

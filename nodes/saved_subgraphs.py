@@ -8,8 +8,9 @@ inner node's counts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
+from legion_shm.nodes.saved_json import as_dict, as_dicts, as_items
 from legion_shm.nodes.saved_widgets import fits_type
 
 __all__ = ["promoted_values"]
@@ -27,15 +28,13 @@ def promoted_values(
     promoted = [
         entry for entry in as_dicts(definition.get("inputs")) if _is_widget(entry, definition, definitions, 0)
     ]
-    named: object = instance.get("widgets_values_named")
-    if isinstance(named, Mapping):
-        values = cast("Mapping[str, Any]", named)
+    values = as_dict(instance.get("widgets_values_named"))
+    if values:
         names = [str(entry.get("name")) for entry in promoted]
         return {name: values[name] for name in names if values.get(name) is not None}
-    saved: object = instance.get("widgets_values")
-    if not isinstance(saved, list) or not saved:
+    items = [*as_items(instance.get("widgets_values"))]
+    if not items:
         return {}
-    items = cast("list[Any]", saved)
     if len(items) > len(promoted):
         items = list(_without_controls(items, promoted))
     if len(items) != len(promoted):
@@ -72,10 +71,7 @@ def _is_widget(
     depth: int,
 ) -> bool:
     """Whether what is linked to a subgraph's input inside of it is a widget."""
-    numbers: object = entry.get("linkIds")
-    wanted = (
-        {str(number) for number in cast("list[Any]", numbers)} if isinstance(numbers, list) else set[str]()
-    )
+    wanted = {str(number) for number in as_items(entry.get("linkIds"))}
     for node in as_dicts(definition.get("nodes")):
         for slot in as_dicts(node.get("inputs")):
             if slot.get("link") is None or str(slot["link"]) not in wanted:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from legion_shm.errors import InvalidWorkflow
+from legion_shm.nodes.saved_json import as_dict, as_dicts, as_items
 
 __all__ = ["choose_variants", "fits_type", "widget_values"]
 
@@ -70,19 +71,20 @@ def widget_values(node: Mapping[str, Any], info: Mapping[str, Any], where: str) 
 
     Raises InvalidWorkflow where the saved values cannot be told apart.
     """
-    declared = cast("Mapping[str, Any]", info.get("input", {}))
+    declared = as_dict(info.get("input"))
     linkable = _widget_names(node)
     named: object = node.get("widgets_values_named")
     saved: object = node.get("widgets_values")
+    items = as_items(saved)
     if isinstance(named, Mapping):
         return _by_name(declared, cast("Mapping[str, Any]", named), linkable)
     if isinstance(saved, Mapping):
         return _by_name(declared, cast("Mapping[str, Any]", saved), linkable)
     if saved is None:
-        saved = []
+        return _by_position(declared, (), linkable)
     if not isinstance(saved, list):
         raise InvalidWorkflow(f"{where}: its widgets_values are neither a list nor an object")
-    return _by_position(declared, cast("list[Any]", saved), linkable)
+    return _by_position(declared, items, linkable)
 
 
 def _by_name(
@@ -99,7 +101,9 @@ def _by_name(
     return {name: value for name, value in found.items() if value is not None or name in values}
 
 
-def _by_position(declared: Mapping[str, Any], values: list[Any], linkable: frozenset[str]) -> dict[str, Any]:
+def _by_position(
+    declared: Mapping[str, Any], values: Sequence[Any], linkable: frozenset[str]
+) -> dict[str, Any]:
     reader = _Reader(values)
     _walk(_group(declared, "required"), linkable, reader.take, "")
     optional = _group(declared, "optional")
@@ -144,9 +148,9 @@ def _walk(inputs: Mapping[str, Any], linkable: frozenset[str], value_of: Any, pr
     for widget in _plain_widgets(inputs, linkable, prefix):
         value = value_of(widget)
         if widget.type == DYNAMIC_COMBO:
-            for option in cast("Sequence[Mapping[str, Any]]", widget.options.get("options", ())):
+            for option in as_dicts(widget.options.get("options")):
                 if option.get("key") == value:
-                    chosen = cast("Mapping[str, Any]", option.get("inputs", {}))
+                    chosen = as_dict(option.get("inputs"))
                     for group in ("required", "optional"):
                         _walk(_group(chosen, group), linkable, value_of, f"{widget.name}.")
 
@@ -156,32 +160,26 @@ def _plain_widgets(
 ) -> Iterator[_Widget]:
     for plain_name, spec in inputs.items():
         name = prefix + plain_name
-        kind: Any = spec[0] if isinstance(spec, (list, tuple)) and spec else spec
-        given: Any = spec[1] if isinstance(spec, (list, tuple)) and len(cast("list[Any]", spec)) > 1 else {}
-        options = dict(cast("Mapping[str, Any]", given)) if isinstance(given, Mapping) else {}
+        kind: object
+        kind, given, *_ = (*as_items(spec), None, None)
+        options = dict(as_dict(given))
         if isinstance(kind, (list, tuple)):
-            options.setdefault("options", list(cast("Sequence[Any]", kind)))
+            options.setdefault("options", as_items(cast("object", kind)))
             kind = "COMBO"
-        kind = options.get("widgetType", kind)
+        kind = cast("object", options.get("widgetType", kind))
         if options.get("forceInput") or not isinstance(kind, str):
             continue
         if kind in _WIDGET_TYPES or name in linkable:
-            yield _Widget(name, str(kind), options)
+            yield _Widget(name, kind, options)
 
 
 def _group(declared: Mapping[str, Any], group: str) -> Mapping[str, Any]:
-    inputs: object = declared.get(group)
-    return cast("Mapping[str, Any]", inputs) if isinstance(inputs, Mapping) else {}
+    return as_dict(declared.get(group))
 
 
 def _widget_names(node: Mapping[str, Any]) -> frozenset[str]:
     """The inputs of a saved node that are widgets too."""
-    inputs: object = node.get("inputs")
-    names: set[str] = set()
-    for slot in cast("list[Any]", inputs) if isinstance(inputs, list) else []:
-        if isinstance(slot, Mapping) and cast("Mapping[str, Any]", slot).get("widget"):
-            names.add(str(cast("Mapping[str, Any]", slot).get("name")))
-    return frozenset(names)
+    return frozenset(str(slot.get("name")) for slot in as_dicts(node.get("inputs")) if slot.get("widget"))
 
 
 def fits_type(value: object, kind: object) -> bool:

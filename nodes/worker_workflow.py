@@ -135,8 +135,8 @@ def _node_lookup(spec: WorkerSpec) -> Callable[[str], NodeInfo | None]:
         if found is None:
             raise InvalidWorkflow(
                 "it is in ComfyUI's saved format, which is converted with the node classes of the ComfyUI "
-                "that Legion's nodes run in, and they run in none; export it in the API format (menu Workflow, "
-                "Export (API))"
+                "that Legion's nodes run in, and they run in none; export it in the API format (menu "
+                "Workflow, Export (API))"
             )
         classes = found
 

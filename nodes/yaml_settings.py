@@ -118,7 +118,7 @@ def read_settings(
     ``known``: every key there is. Those in ``free`` hold a mapping of names of the user's own choice, which
     come as ``key.name``. Raises ConfigError that names the line, and the key where there is one.
     """
-    loader = yaml.SafeLoader(text) if "\0" not in text else None
+    loader: Any = yaml.SafeLoader(text) if "\0" not in text else None
     try:
         if loader is None:
             raise ConfigError(f"{where}: not valid YAML: it holds a NUL character")
@@ -146,9 +146,7 @@ def read_settings(
 
 
 class _Found:
-    def __init__(
-        self, loader: yaml.SafeLoader, known: Collection[str], free: Collection[str], where: str
-    ) -> None:
+    def __init__(self, loader: Any, known: Collection[str], free: Collection[str], where: str) -> None:
         self._loader, self._known, self._free, self._where = loader, known, free, where
         self.settings: dict[str, Setting] = {}
 

@@ -263,7 +263,7 @@ class Supervisor:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and os.getpid() == self._pid:
+        if not getattr(self, "_closed", True) and hasattr(self, "_loop") and os.getpid() == self._pid:
             self._loop.request_close()  # first, for a warning may be an error
             warnings.warn(
                 "a Supervisor was dropped without close(); its workers are ended",

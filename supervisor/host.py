@@ -155,6 +155,7 @@ class _Host:
             self._send(StartFailed(f"{type(error).__name__}: {error}", text[-32768:]))
             return False
         self._control.engine = engine
+        self._control.flush_logs(self._send)  # what was logged so far is no job's
         self._send(Ready(info.name, tuple(sorted(info.versions.items())), info.node_classes))
         return True
 

@@ -143,8 +143,11 @@ class Inbox:
 
     def _start_failed(self, worker: WorkerIO, message: StartFailedNote, now: float) -> None:
         self.output(worker, now)
+        told = message.error
+        if not told.startswith("ConfigError: "):  # that one's text says it all
+            told += f"\n{message.traceback.rstrip()}"
         error = StartupError(
-            f"worker {worker.id} could not start: {message.error}\n{message.traceback.rstrip()}",
+            f"worker {worker.id} could not start: {told}",
             worker_id=worker.id,
             traceback=message.traceback,
             log_tail=tuple(worker.tail),

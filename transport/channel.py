@@ -174,7 +174,8 @@ class ServerChannel:
     def send(self, identity: bytes, frame: bytes) -> bool:
         """Send without blocking. False when the peer is gone or has stopped reading."""
         try:
-            self._socket.send_multipart((identity, frame), zmq.NOBLOCK, copy=len(frame) < 65536)
+            # Copied, whatever its size: pyzmq's way without a copy starts a thread that never ends.
+            self._socket.send_multipart((identity, frame), zmq.NOBLOCK, copy=True)
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -215,7 +216,7 @@ class ClientChannel:
     def send(self, frame: bytes) -> None:
         """Send, waiting a bounded time for room. Raises ProtocolError when the supervisor stopped reading."""
         try:
-            self._socket.send(frame, 0, len(frame) < 65536)
+            self._socket.send(frame, 0, copy=True)
         except zmq.Again:
             raise ProtocolError("the supervisor has stopped reading this worker's messages") from None
 

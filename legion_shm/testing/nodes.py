@@ -236,6 +236,15 @@ class TestText(_TestNode):
         return ("x" * length,)
 
 
+class TestNumbers(_TestNode):
+    """Gives a list of ``count`` floats, nine bytes each inside the message."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"count": ("INT",)}
+
+    def run(self, count: int = 10, value: object = None) -> tuple[object]:
+        return ([0.5] * count,)
+
+
 class TestObject(_TestNode):
     """Gives an object that cannot travel, inside a list."""
 
@@ -297,7 +306,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         TestAdd, TestBig, TestCounter, TestDieUntil, TestEnviron, TestExit, TestGate, TestGrandchild,
-        TestHoldGil, TestKeepOutput, TestObject, TestPass, TestPrint, TestProgress, TestRaise, TestSignal,
+        TestHoldGil, TestKeepOutput, TestNumbers, TestObject, TestPass, TestPrint, TestProgress, TestRaise, TestSignal,
         TestSleep, TestText, TestWriteBytes, TestWriteInput,
     )
 }  # fmt: skip
