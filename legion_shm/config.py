@@ -8,6 +8,7 @@ All are immutable pydantic models that refuse unknown keys. Whatever is wrong wi
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,7 @@ def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError
     first_key: str | None = None
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        text = item["msg"].removeprefix("Value error, ")
         inner = item.get("ctx", {}).get("error")
         if isinstance(inner, ConfigError):  # of a model inside this one, which has said it all
             first_key = first_key or (f"{key}.{inner.key}" if inner.key else key)
@@ -88,9 +90,9 @@ def _config_error(model: type[_Settings], error: ValidationError) -> ConfigError
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
         elif key.split(".")[0] == "env":  # values of the environment may be secrets
-            lines.append(f"{key}: {item['msg']}")
+            lines.append(f"{key}: {text}")
         else:
-            lines.append(f"{key}: {item['msg']}; got {_short(item.get('input'))}")
+            lines.append(f"{key}: {text}; got {_short(item.get('input'))}")
     return ConfigError(f"{model.title}: " + "; ".join(lines), key=first_key)
 
 
@@ -175,12 +177,11 @@ class WorkerSpec(_Settings):
     @property
     def key(self) -> str:
         """Equal for equal specs: what decides whether two jobs may share a worker."""
-        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest()
+        text = json.dumps(self.model_dump())  # pydantic's own JSON takes no name that is not Unicode
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> WorkerSpec:
-        copied = super().model_copy(update=update, deep=deep)
-        vars(copied).pop("key", None)  # it was this spec's
-        return copied
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 class SupervisorSettings(_Settings):

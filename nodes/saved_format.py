@@ -46,8 +46,8 @@ def convert_saved_workflow(
     """The API format of a saved workflow.
 
     ``node_class`` gives what a class declares, as ComfyUI's ``/object_info`` words it (``{"input":
-    {"required": {...}, "optional": {...}}}``), or None. ``pick`` chooses among ``{one|other}`` in prompts. Raises
-    InvalidWorkflow naming the node for a class that is not known, and for a file that is broken.
+    {"required": {...}, "optional": {...}}}``), or None. ``pick`` chooses among ``{one|other}`` in prompts.
+    Raises InvalidWorkflow naming the node for a class that is not known, and for a file that is broken.
     """
     definitions: dict[str, Mapping[str, Any]] = {}
     for definition in as_dicts(as_dict(saved.get("definitions")).get("subgraphs")):

@@ -221,6 +221,8 @@ class Supervisor:
     def warm_up(self, spec: WorkerSpec | None = None, *, workers: int = 1) -> None:
         """Start workers of a spec now, in the background, so that the first job need not wait for it."""
         self._check_open()
+        if type(workers) is not int or workers < 1:
+            raise ConfigError(f"workers: expected a whole number from 1 on, got {workers!r}", key="workers")
         resolved = resolve_spec(spec or WorkerSpec())
         self._loop.stimulate(WarmUpRequested(self._pool(resolved), workers))
 

@@ -375,7 +375,7 @@ def _encode_preview(image: object) -> tuple[str, bytes]:
 
 
 class _LogHandler(logging.Handler):
-    """The main thread's records go at once, in order with what the job reports; others' by the control thread."""
+    """The main thread's records go at once, in order with its reports; others' by the control thread."""
 
     def __init__(self, host: _Host) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ProtocolError, StartupError

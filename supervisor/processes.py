@@ -11,11 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
+from typing import cast
 
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import StartupError
-from legion_shm.supervisor.spawn import HostConfig, SpawnedWorker, spawn_worker
+from legion_shm.supervisor.spawn import HostConfig, SpawnedWorker, current_dir, spawn_worker
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.messages import Message, encode_message
@@ -94,13 +96,17 @@ class Processes:
             comfyui_path=spec.comfyui_path,
             extra_args=tuple(spec.extra_args),
             python_path=tuple(spec.python_path),
-            parent_path=_importable_path() if same_python and spec.engine == "graph" else (),
+            parent_path=(),
         )
 
         def start() -> None:
             try:
+                importable = _importable_path() if same_python and spec.engine == "graph" else ()
                 spawned = spawn_worker(
-                    config, executable=spec.python_executable, env=spec.env, working_dir=spec.working_dir
+                    replace(config, parent_path=importable),
+                    executable=spec.python_executable,
+                    env=spec.env,
+                    working_dir=spec.working_dir,
                 )
             except StartupError as error:
                 self._post(partial(failed, worker, error))
@@ -194,4 +200,6 @@ class Processes:
 
 def _importable_path() -> tuple[str, ...]:
     """Where this program imports from, for workers that load its own node modules."""
-    return tuple(os.path.abspath(path) if path else os.getcwd() for path in sys.path)
+    here = current_dir()
+    entries = cast("list[object]", list(sys.path))  # which may hold anything
+    return tuple(os.path.normpath(os.path.join(here, path)) for path in entries if isinstance(path, str))

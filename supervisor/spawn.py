@@ -41,7 +41,7 @@ from typing import Any, Literal, cast
 from legion_shm.errors import StartupError
 from legion_shm.transport.channel import Endpoint
 
-__all__ = ["HostConfig", "SpawnedWorker", "WorkerProcess", "environment_with", "spawn_worker"]
+__all__ = ["HostConfig", "SpawnedWorker", "WorkerProcess", "current_dir", "environment_with", "spawn_worker"]
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,14 @@ def _exit_fd(process: WorkerProcess) -> int:
     return os.dup(process.sentinel)
 
 
+def current_dir() -> str:
+    """This process's folder, or the root where that has been removed under it."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return os.path.abspath(os.sep)
+
+
 def environment_with(env: Mapping[str, str]) -> dict[str, str]:
     """This process's environment and ``env`` over it; other threads may be changing the former."""
     ours = {name: os.environ.get(name) for name in list(os.environ)}
@@ -317,7 +325,7 @@ def spawn_worker(
             flags=tuple(subprocess._args_from_interpreter_flags()) if same else (),  # type: ignore[attr-defined]
             own_path=_own_path(executable),
             env=environment_with(env),
-            working_dir=working_dir or os.getcwd(),
+            working_dir=working_dir or current_dir(),
             stdout=out_w,
             stderr=err_w,
             pass_fds=tuple(fd for fd in (death_r, descriptor_fd) if fd >= 0),

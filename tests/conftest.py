@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from legion_shm.testing.leaks import Snapshot, assert_nothing_left, snapshot
 
-WITHOUT_SUPERVISOR = {"engine", "packaging", "transport"}  # folders of tests; what these open is their own
+# Folders of tests that start no supervisor; what they open is their own.
+WITHOUT_SUPERVISOR = {"docs", "engine", "packaging", "supervisor", "transport", "unit"}
 
 
 def has_supervisor(request: pytest.FixtureRequest) -> bool:
@@ -28,8 +31,18 @@ def check(before: Snapshot) -> None:
         assert_nothing_left(before, within_s=5)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_runtime_directory() -> Iterator[None]:
+    """What other programs of this user leave in theirs is not looked at, nor swept."""
+    folder = tempfile.mkdtemp(prefix="lr-")  # short, for sockets' paths are
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def nothing_left_by_the_module(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_left_by_the_module(request: pytest.FixtureRequest, own_runtime_directory: None) -> Iterator[None]:
     """For modules whose tests share a supervisor."""
     before = snapshot()
     yield

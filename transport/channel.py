@@ -75,6 +75,7 @@ class ServerChannel:
         self._zap: zmq.Socket[bytes] | None = None
         self._known = _KnownKeys()
         self._identities: set[bytes] = set()
+        self._file: Path | None = None
         self._socket = self._context.socket(zmq.ROUTER)
         self._poller = zmq.Poller()
         try:
@@ -85,9 +86,11 @@ class ServerChannel:
             self._socket.setsockopt(zmq.LINGER, 0)
             if kind == "ipc":
                 self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-                self._address = f"ipc://{directory / 'control'}"
+                path = directory / "control"
+                self._address = f"ipc://{path}"
                 self._server_key = b""
                 self._socket.bind(self._address)
+                self._file = path
             else:
                 self._server_key = self._start_curve()
                 port = self._socket.bind_to_random_port("tcp://127.0.0.1")
@@ -188,6 +191,9 @@ class ServerChannel:
             self._auth = self._zap = None
         self._socket.close(linger=0)
         self._context.term()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)  # libzmq leaves it
+            self._file = None
 
 
 class ClientChannel:

@@ -4,8 +4,8 @@
 
 Encoding and decoding only: sockets are channel.py's, meaning is the supervisor's. Decoding is strict:
 exact types, bounded sizes, no unknown codes, no trailing bytes. Nothing but ProtocolError can come out
-of it. The checkers are tables of our own: on this path (a RunJob of 1 KB) they take 9 us where a
-pydantic model takes more than twice that.
+of it. The checkers are tables of our own, which give the very classes that the rest uses. A RunJob of 1 KB
+with three handles takes 3 us to encode and 9 to decode; strict pydantic models of it take 5 and 7.
 
 A worker has two sockets. On its *job* socket its main thread speaks (RunJob, JobDone, segments), so
 that a short job crosses no thread; on its *control* socket a second thread does (heartbeat, cancel,
@@ -349,7 +349,7 @@ def _sequence(value: object) -> Sequence[object]:
 
 
 def _many(inner: _Check) -> _Check:
-    return lambda value: tuple(inner(item) for item in _sequence(value))
+    return lambda value: tuple(map(inner, _sequence(value)))
 
 
 def _row(*inner: _Check) -> _Check:
@@ -364,6 +364,18 @@ def _row(*inner: _Check) -> _Check:
 
 _INT, _STR, _BYTES = _exact(int, "an integer"), _exact(str, "text"), _exact(bytes, "bytes")
 _BOOL = _exact(bool, "a boolean")
+_HANDLES, _FLAGS, _INTS = _many(BlockHandle.from_wire), _many(_BOOL), _many(_INT)
+
+
+def _value(value: object) -> object:
+    items = _sequence(value)
+    if len(items) != 6:
+        raise ProtocolError(f"a value has 6 items, got {len(items)}")
+    name, tree, blocks, owned, identity, stats = items
+    checked = None if identity is None else _BYTES(identity)
+    return _STR(name), _BYTES(tree), _HANDLES(blocks), _FLAGS(owned), checked, _INTS(stats)
+
+
 _CHECKS: dict[Any, _Check] = {
     int: _INT,
     str: _STR,
@@ -371,15 +383,13 @@ _CHECKS: dict[Any, _Check] = {
     bool: _BOOL,
     float: _float,
     str | None: _optional(_STR),
-    Handles: _many(BlockHandle.from_wire),
-    Flags: _many(_BOOL),
+    Handles: _HANDLES,
+    Flags: _FLAGS,
     Names: _many(_STR),
-    tuple[int, ...]: _many(_INT),
+    tuple[int, ...]: _INTS,
     Pairs: _many(_row(_STR, _STR)),
     NodeRows: _many(_row(_STR, _STR, _STR)),
-    Values: _many(
-        _row(_STR, _BYTES, _many(BlockHandle.from_wire), _many(_BOOL), _optional(_BYTES), _many(_INT))
-    ),
+    Values: _many(_value),
 }
 
 

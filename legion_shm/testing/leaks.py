@@ -30,6 +30,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "legion-"  # of portable segments and of memfds alike
 _COPY_THREAD = "legion-copy"  # the process's own, not a supervisor's: it stays for the next large copy
 _POLL_S = 0.01
+_TRACKER: object = getattr(resource_tracker, "_resource_tracker", None)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Snapshot:
 
     def left_since(self, before: Snapshot) -> list[str]:
         """What is here now and was not there before, one line each."""
-        left = [f"child process {pid}: {cmd}" for pid, cmd in self.children.items() if pid not in before.children]
+        children = {pid: command for pid, command in self.children.items() if pid not in before.children}
+        left = [f"child process {pid}: {command}" for pid, command in children.items()]
         for kind, count in self.descriptors.items():
             more = count - before.descriptors.get(kind, 0)
             if more > 0:
@@ -96,16 +98,17 @@ def assert_nothing_left(
 
 
 def _children() -> Iterator[tuple[str, str]]:
-    tracker = str(getattr(resource_tracker._resource_tracker, "_pid", None))  # type: ignore[attr-defined]
+    tracker = str(getattr(_TRACKER, "_pid", None))
     tasks = Path("/proc/self/task")
     for task in _names(tasks):
         for pid in _read(tasks / task / "children").split():
             if pid != tracker:
-                yield pid, _read(Path("/proc", pid, "cmdline")).replace("\0", " ")[:200] or "(ended, not reaped)"
+                command = _read(Path("/proc", pid, "cmdline")).replace("\0", " ")
+                yield pid, command[:200] or "(ended, not reaped)"
 
 
 def _descriptors() -> Iterator[str]:
-    tracker_fd = str(getattr(resource_tracker._resource_tracker, "_fd", None))  # type: ignore[attr-defined]
+    tracker_fd = str(getattr(_TRACKER, "_fd", None))
     folder = Path("/proc/self/fd")
     for fd in _names(folder):
         try:

@@ -172,18 +172,21 @@ class TestPrint(_TestNode):
         "stream": ("STRING",),
         "text": ("STRING",),
         "count": ("INT",),
-        "end": ("STRING",),
     }
 
     def run(
-        self, stream: str = "stdout", text: str = "line", count: int = 1, end: str = "\n", value: object = None
+        self,
+        stream: str = "stdout",
+        text: str = "line",
+        count: int = 1,
+        value: object = None,
     ) -> tuple[object]:
         for number in range(count):
             line = f"{text} {number}" if count > 1 else text
             if stream == "log":
                 logging.getLogger("legion.test").warning("%s", line)
             else:
-                getattr(sys, stream).write(line + end)
+                getattr(sys, stream).write(line + "\n")
         return (value,)
 
 
@@ -306,7 +309,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         TestAdd, TestBig, TestCounter, TestDieUntil, TestEnviron, TestExit, TestGate, TestGrandchild,
-        TestHoldGil, TestKeepOutput, TestNumbers, TestObject, TestPass, TestPrint, TestProgress, TestRaise, TestSignal,
-        TestSleep, TestText, TestWriteBytes, TestWriteInput,
+        TestHoldGil, TestKeepOutput, TestNumbers, TestObject, TestPass, TestPrint, TestProgress, TestRaise,
+        TestSignal, TestSleep, TestText, TestWriteBytes, TestWriteInput,
     )
 }  # fmt: skip

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,12 @@ def test_without_shared_memory_or_channel_the_exit_code_is_1_with_the_reason(
     assert any(fact["value"] == "no: forbidden here" for fact in document["facts"])
 
 
-def test_an_unsafe_runtime_directory_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "link").symlink_to(tmp_path)
-    monkeypatch.setattr(legion_shm.transport.runtime_dir, "default_base", lambda: tmp_path / "link")
-    report = examine(check=False)
+def test_an_unsafe_runtime_directory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="legion-") as folder:  # short, for sockets' paths are
+        link = Path(folder) / "link"
+        link.symlink_to(folder)
+        monkeypatch.setattr(legion_shm.transport.runtime_dir, "default_base", lambda: link)
+        report = examine(check=False)
     assert not report.usable
     assert "is a symbolic link" in report.problems[0]
 

@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 import pytest
-from tests.nodes.support import config
 
 from legion_shm.errors import ConfigError
 from legion_shm.nodes.legion_yaml import BUILTIN_YAML, Configuration, parse_configuration
+from tests.nodes.support import config
 
 # Every key of LegionPower's templates, as they are there: most of them empty.
 AS_LEGION_POWERS_TEMPLATE = """\
@@ -150,6 +150,8 @@ def test_a_wrong_key_or_value_is_an_error_that_names_it(text: str, key: str, say
 
 def test_keys_without_meaning_are_explained_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "legion_shm"):
+        parse_configuration("comfyui: {port: auto, paths: {custom_nodes_template: }}")
+        assert caplog.records == []
         for _ in range(3):
             parse_configuration("comfyui: {port: 8200, paths: {custom_nodes_template: T}}")
     said = [record.getMessage() for record in caplog.records]

@@ -35,12 +35,13 @@ from legion_shm.supervisor.replies import error_from
 from legion_shm.supervisor.result import Delivery, JobStats, Result, Transfer
 from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
 from legion_shm.transport.messages import JobCancelledReply, JobFailedReply, Values
+from legion_shm.transport.values import REPORT
 
 STATS = JobStats("graph", "w1", 1, 2, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 2.8)
 A, B = BlockHandle(7, 1, 0, 100, 1), BlockHandle(7, 1, BLOCK_ALIGN, 100, 2)
 VALUES: Values = (
     ("output_1", b"tree", (A, B), (True, True), None, (1, 100, 0, 100, 1, 0)),
-    ("ui", b"tree", (), (), None, (0, 0, 0, 0, 0, 0)),
+    (REPORT, b"tree", (), (), None, (0, 0, 0, 0, 0, 0)),
 )
 
 
@@ -50,16 +51,20 @@ class FakeMemory:
     def __init__(self, error: Exception | None = None) -> None:
         self.unpacked = 0
         self.given_back: list[BlockHandle] = []
+        self.expected: list[weakref.ref[Delivery]] = []
         self.error = error
 
     def unpack(self, values: Values, allow_cpu: bool) -> dict[str, object]:
         self.unpacked += 1
         if self.error is not None:
             raise self.error
-        return {"output_1": "an image", "ui": {"9": {"images": []}}}
+        return {"output_1": "an image", REPORT: {"9": {"images": []}}}
 
     def give_back(self, handles: tuple[BlockHandle, ...]) -> None:
         self.given_back.extend(handles)
+
+    def expect(self, delivery: Delivery) -> None:
+        self.expected.append(weakref.ref(delivery))
 
 
 class Rig:
@@ -108,7 +113,7 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
         except Exception as error:
             box.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, box
 
@@ -249,19 +254,30 @@ def test_a_job_dropped_undecoded_gives_its_leases_back() -> None:
 
 def test_a_delivery_that_was_decoded_gives_nothing_back(rig: Rig) -> None:
     delivery = rig.delivery()
-    delivery.decode()
-    with pytest.raises(Exception, match="decoded twice"):
-        delivery.decode()
+    assert delivery.decode() is delivery.decode()
+    assert rig.memory.unpacked == 1
     del delivery
     gc.collect()
     assert rig.memory.given_back == []
 
 
+def test_a_delivery_can_be_settled_before_anyone_asks(rig: Rig) -> None:
+    rig.finish()
+    delivery = rig.memory.expected[0]()
+    assert delivery is not None, "the memory hears of each"
+    delivery.settle()
+    rig.memory.error = ProtocolError("the memory is closed")
+    assert rig.job.result()["output_1"] == "an image"
+    assert rig.memory.unpacked == 1
+
+
 def test_a_delivery_that_could_not_be_decoded_leaves_giving_back_to_the_decoder(rig: Rig) -> None:
     rig.memory.error = ProtocolError("garbage")
     delivery = rig.delivery()
-    with pytest.raises(ProtocolError):
-        delivery.decode()
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="garbage"):
+            delivery.decode()
+    assert rig.memory.unpacked == 1
     del delivery
     gc.collect()
     assert rig.memory.given_back == []
@@ -310,6 +326,7 @@ def test_events_are_numbered_and_end_with_one_terminal_one(rig: Rig) -> None:
     rig.progress(2)
     rig.finish()
     rig.emit(JobQueued)
+    assert rig.feed._history.end == 5, "nothing comes after the end"
     events = list(rig.job.events())
     assert [event.kind for event in events] == ["queued", "started", "progress", "progress", "done"]
     assert [event.seq for event in events] == [0, 1, 2, 3, 4]

@@ -15,7 +15,9 @@ PAGE = BLOCK_ALIGN
 ARENA = 7
 
 
-def block(page: int, pages: int = 1, *, generation: int = 1, segment: int = 1, arena: int = ARENA) -> BlockHandle:
+def block(
+    page: int, pages: int = 1, *, generation: int = 1, segment: int = 1, arena: int = ARENA
+) -> BlockHandle:
     return BlockHandle(arena, segment, page * PAGE, pages * PAGE - 3, generation)
 
 

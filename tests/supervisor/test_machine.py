@@ -82,7 +82,8 @@ class Driver:
         max_jobs_per_life: int | None = None,
     ) -> None:
         assert (
-            self.do(PoolDefined(name, max_workers, startup_timeout_s, idle_timeout_s, max_jobs_per_life)) == []
+            self.do(PoolDefined(name, max_workers, startup_timeout_s, idle_timeout_s, max_jobs_per_life))
+            == []
         )
 
     def submit(

@@ -27,13 +27,14 @@ MEGABYTE_OF_FLOATS = 1 << 18
 def spec(**fields: Any) -> WorkerSpec:
     """A graph worker with the test nodes. Different ``env`` values keep workers apart."""
     env = {"OMP_NUM_THREADS": "1", **fields.pop("env", {})}
-    return WorkerSpec(engine="graph", node_modules=[NODES, *fields.pop("node_modules", ())], env=env, **fields)
+    modules = (NODES, *map(str, fields.pop("node_modules", ())))
+    return WorkerSpec(engine="graph", node_modules=modules, env=env, **fields)
 
 
 def flow(class_type: str, **options: object) -> Workflow:
     """input_1 goes into the node's ``value``; its outputs are the job's output_1, output_2, ..."""
-    node = NODE_CLASS_MAPPINGS.get(class_type)
-    slots = len(node.RETURN_TYPES) if node is not None else 1
+    node: Any = NODE_CLASS_MAPPINGS.get(class_type)
+    slots = 1 if node is None else len(node.RETURN_TYPES)
     return {
         "in": {"class_type": "LegionImporter", "inputs": {}},
         "node": {"class_type": class_type, "inputs": {"value": ["in", 0], **options}},
@@ -44,9 +45,17 @@ def flow(class_type: str, **options: object) -> Workflow:
     }
 
 
-def run(legion: Supervisor, class_type: str, value: object = None, **options: object) -> Any:
-    """The first output of one node, run on the shared spec."""
-    return legion.submit(flow(class_type, **options), inputs=[value], spec=spec()).result(timeout=60)["output_1"]
+def run(
+    legion: Supervisor,
+    class_type: str,
+    value: object = None,
+    *,
+    on: WorkerSpec | None = None,
+    **options: object,
+) -> Any:
+    """The first output of one node."""
+    job = legion.submit(flow(class_type, **options), inputs=[value], spec=on or spec())
+    return job.result(timeout=60)["output_1"]
 
 
 def wait_for(condition: Callable[[], object], what: str, within_s: float = 20.0) -> None:

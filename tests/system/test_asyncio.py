@@ -36,7 +36,8 @@ def test_a_job_is_submitted_awaited_and_read_in_a_coroutine(legion: Supervisor) 
 
 def test_many_jobs_at_once_in_one_event_loop(legion: Supervisor) -> None:
     async def one(number: int) -> float:
-        job = await legion.asubmit(flow("TestAdd"), inputs=[torch.full((20_000,), float(number))], spec=spec())
+        value = torch.full((20_000,), float(number))
+        job = await legion.asubmit(flow("TestAdd"), inputs=[value], spec=spec())
         events = [event async for event in job]
         assert events[-1].terminal
         return float((await job)["output_1"][0])
@@ -50,8 +51,9 @@ def test_many_jobs_at_once_in_one_event_loop(legion: Supervisor) -> None:
 
 def test_errors_come_out_of_asubmit_and_of_await(legion: Supervisor) -> None:
     async def main() -> None:
+        broken = {"1": {"class_type": "TestPass", "inputs": {"value": ["2", 0]}}}
         with pytest.raises(InvalidWorkflow):
-            await legion.asubmit({"1": {"class_type": "TestPass", "inputs": {"value": ["2", 0]}}}, spec=spec())
+            await legion.asubmit(broken, spec=spec())
         job = await legion.asubmit(flow("TestSleep", seconds=60.0, cooperate=True), spec=spec())
         waiters = [asyncio.ensure_future(job._result_async()) for _ in range(3)]
         waiters[0].cancel()

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from legion_shm import DeadlineExceeded, Job, JobCancelled, Supervisor, WorkerInfo
-from tests.system.support import Gate, flow, gone, in_threads, node_started, only_worker, pid_of, run, spec, wait_for
+from tests.system.support import (
+    Gate,
+    flow,
+    gone,
+    in_threads,
+    node_started,
+    only_worker,
+    pid_of,
+    run,
+    spec,
+    wait_for,
+)
 
 GRACE_S = 0.3
 

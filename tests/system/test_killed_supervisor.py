@@ -55,11 +55,7 @@ def segments_of(base: Path) -> list[str]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process(pid).children()
-        if "--multiprocessing-fork" in child.cmdline()
-    ]
+    return [child for child in psutil.Process(pid).children() if "--multiprocessing-fork" in child.cmdline()]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_node_that_raises_or_exits_politely_costs_no_worker(legion: Supervisor
         run(legion, "TestRaise", kind="KeyError", text="no such thing")
     assert (caught.value.node_id, caught.value.class_type) == ("node", "TestRaise")
     assert caught.value.exception_type == "KeyError"
-    assert 'raise getattr(builtins, kind)(text)' in caught.value.traceback
+    assert "raise getattr(builtins, kind)(text)" in caught.value.traceback
     for kind in ("MemoryError", "RecursionError", "KeyboardInterrupt"):
         with pytest.raises(JobFailed, match=kind):
             run(legion, "TestRaise", kind=kind)
@@ -97,7 +97,7 @@ def test_a_node_that_raises_or_exits_politely_costs_no_worker(legion: Supervisor
 
 def test_an_idle_worker_that_is_killed_is_replaced_and_no_job_is_affected(legion: Supervisor) -> None:
     shared = spec(env={"POOL": "idle"})
-    result = legion.submit(flow("TestBig", fill=2.0), spec=shared).result(timeout=30)["output_1"]
+    result = run(legion, "TestBig", on=shared, fill=2.0)
 
     def mine() -> list[int | None]:
         return [w.pid for w in legion.workers() if w.spec_key == shared.key and w.state == "idle"]
@@ -107,14 +107,15 @@ def test_an_idle_worker_that_is_killed_is_replaced_and_no_job_is_affected(legion
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: mine() not in ([], [pid]), "another worker is idle")
     assert gone(pid)
-    assert float(legion.submit(flow("TestAdd"), inputs=[result], spec=shared).result(timeout=30)["output_1"][0]) == 3
+    assert float(run(legion, "TestAdd", result, on=shared)[0]) == 3.0
     legion.stop_workers(shared)
 
 
 def test_a_job_that_asked_for_it_is_run_again_elsewhere(legion: Supervisor, tmp_path: Path) -> None:
     deaths = tmp_path / "deaths"
     value = torch.full((MEGABYTE_OF_FLOATS,), 5.0)
-    job = legion.submit(flow("TestDieUntil", file=str(deaths), deaths=2), inputs=[value], spec=spec(), retries=2)
+    workflow = flow("TestDieUntil", file=str(deaths), deaths=2)
+    job = legion.submit(workflow, inputs=[value], spec=spec(), retries=2)
     value.zero_()
     result = job.result(timeout=60)
     assert float(result["output_1"].min()) == 5.0, "the inputs were kept for it"
@@ -147,13 +148,13 @@ def test_a_stopped_worker_is_found_hung_and_ended() -> None:
 
 def test_what_a_worker_started_ends_with_it(legion: Supervisor) -> None:
     shared = spec(env={"POOL": "family"})
-    grandchild = legion.submit(flow("TestGrandchild"), spec=shared).result(timeout=30)["output_1"]
+    grandchild = run(legion, "TestGrandchild", on=shared)
     assert not gone(grandchild)
     job = legion.submit(flow("TestSleep", seconds=60.0), spec=shared)
     node_started(job)
     os.kill(pid_of(worker_of(legion, job)), signal.SIGKILL)
     assert isinstance(job.exception(timeout=10), WorkerLost)
     wait_for(lambda: gone(grandchild), "the grandchild has ended")
-    again = legion.submit(flow("TestGrandchild"), spec=shared).result(timeout=30)["output_1"]
+    again = run(legion, "TestGrandchild", on=shared)
     legion.stop_workers(shared)
     wait_for(lambda: gone(again), "a polite end ends it too")

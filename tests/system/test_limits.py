@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,8 +88,10 @@ def test_a_message_over_the_limit_is_refused_at_the_door(legion: Supervisor) -> 
         legion.submit(flow("TestPass"), inputs=[[0.5] * 200_000], spec=spec())
     with pytest.raises(MessageTooLarge, match="max_message_bytes"):
         legion.submit(flow("TestPrint", text="x" * (2 * MB)), spec=spec())
+    inputs = [legion.share(megabytes(1)), megabytes(1), [0.5] * 200_000]
     with pytest.raises(MessageTooLarge):
-        legion.submit(flow("TestPass"), inputs=[legion.share(megabytes(1)), megabytes(1), [0.5] * 200_000], spec=spec())
+        legion.submit(flow("TestPass"), inputs=inputs, spec=spec())
+    del inputs
     wait_for(lambda: not legion._memory.stats().blocks, "what was reserved is free")
 
 
@@ -105,7 +108,8 @@ def test_a_result_over_the_limit_fails_the_job_and_keeps_the_worker(legion: Supe
 
 def test_one_more_job_than_the_queue_holds_is_refused(legion: Supervisor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    jobs = [legion.submit(gate.flow(), spec=spec()), *(legion.submit(flow("TestPass"), spec=spec()) for _ in range(4))]
+    jobs = [legion.submit(gate.flow(), spec=spec())]
+    jobs += [legion.submit(flow("TestPass"), spec=spec()) for _ in range(4)]
     with pytest.raises(QueueFull, match="max_queue = 5"):
         legion.submit(flow("TestPass"), spec=spec())
     gate.open()
@@ -117,9 +121,13 @@ def test_one_more_job_than_the_queue_holds_is_refused(legion: Supervisor, tmp_pa
 def test_what_is_wrong_with_a_call_is_said_by_the_call(legion: Supervisor) -> None:
     with pytest.raises(ConfigError, match="priority"):
         legion.submit(flow("TestPass"), spec=spec(), priority=3)
-    for option, value in (("deadline_s", -1), ("retries", "many"), ("spec", {"engin": "graph"})):
-        with pytest.raises(ConfigError, match=option):
-            legion.submit(flow("TestPass"), **{option: value})
+    wrong: list[dict[str, Any]] = [{"deadline_s": -1}, {"retries": "many"}, {"spec": {"engin": "graph"}}]
+    for options in wrong:
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            legion.submit(flow("TestPass"), **options)
+    for workers in (0, -1, "two", 1.5, True):
+        with pytest.raises(ConfigError, match="workers"):
+            legion.warm_up(spec(), workers=workers)  # type: ignore[arg-type]
     value = [[0, {"control": open}]]
     with pytest.raises(UnsupportedValue) as caught:
         legion.submit(flow("TestPass"), inputs=[1, value], spec=spec())

@@ -42,6 +42,10 @@ NODE_CLASS_MAPPINGS = {"OwnNode": OwnNode}
 """
 
 
+def program_of(work: str) -> str:
+    return BODY + work
+
+
 def went_well(done: subprocess.CompletedProcess[str], folder: Path, output: str = "result 42") -> None:
     assert done.returncode == 0, done.stderr
     assert output in done.stdout
@@ -72,13 +76,14 @@ def test_other_ways_to_run_a_program(tmp_path: Path, way: str) -> None:
     elif way == "stdin":
         done = run_script("-", cwd=tmp_path, stdin=BODY + WORK)
     else:
-        lines = BODY.replace('    file.write("x")\n', '    _ = file.write("x")\n\n').strip() + "\n" + WORK + "\nexit()\n"
+        body = BODY.replace('    file.write("x")\n', '    _ = file.write("x")\n\n')  # as it is typed
+        lines = f"{body.strip()}\n{WORK}\nexit()\n"
         done = run_script("-i", "-q", cwd=tmp_path, stdin=lines)
     went_well(done, tmp_path)
 
 
 def test_a_thread_starts_a_worker_and_the_program_ends_without_close(tmp_path: Path) -> None:
-    program = BODY + """
+    program = program_of("""
 import threading
 legion = Supervisor()
 def work():
@@ -91,7 +96,7 @@ def work():
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
-"""
+""")
     done = run_script("-c", program, cwd=tmp_path)
     went_well(done, tmp_path)
     pids = [int(word) for line in done.stdout.splitlines()[1:] for word in line.split()[1:]]
@@ -101,13 +106,13 @@ thread.join()
 
 
 def test_an_exception_inside_with_ends_the_workers_and_comes_out(tmp_path: Path) -> None:
-    program = BODY + """
+    program = program_of("""
 with Supervisor() as legion:
     legion.submit(flow("TestPass"), spec=spec()).result(timeout=60)
     print("worker", legion.workers()[0].pid, flush=True)
     legion.submit(flow("TestSleep", seconds=60.0, cooperate=True), spec=spec())
     raise KeyError("the program's own")
-"""
+""")
     done = run_script("-c", program, cwd=tmp_path)
     assert done.returncode == 1
     assert "the program's own" in done.stderr
@@ -117,14 +122,14 @@ with Supervisor() as legion:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_program_that_is_interrupted_ends_with_its_workers(tmp_path: Path, number: signal.Signals) -> None:
-    program = BODY + """
+    program = program_of("""
 from tests.system.support import node_started
 with Supervisor() as legion:
     job = legion.submit(flow("TestSleep", seconds=60.0, cooperate=True), spec=spec())
     node_started(job)
     print("worker", legion.workers()[0].pid, flush=True)
     job.result()
-"""
+""")
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -146,7 +151,7 @@ with Supervisor() as legion:
 
 
 def test_a_supervisor_that_is_dropped_warns_and_ends_its_workers(tmp_path: Path) -> None:
-    program = BODY + """
+    program = program_of("""
 import warnings, gc, threading
 legion = Supervisor()
 legion.submit(flow("TestPass"), spec=spec()).result(timeout=60)
@@ -166,14 +171,14 @@ del legion
 gc.collect()
 thread.join(20)
 print("ended", not thread.is_alive())
-"""
+""")
     done = run_script("-c", program, cwd=tmp_path)
     assert "warned ['ResourceWarning'] False False" in done.stdout, done.stderr
     assert "ended True" in done.stdout, done.stderr
 
 
 def test_a_forked_child_is_refused_and_its_parent_is_fine(tmp_path: Path) -> None:
-    program = BODY + """
+    program = program_of("""
 import os, sys, torch
 from legion_shm import ForkedError
 legion = Supervisor()
@@ -202,7 +207,7 @@ if pid == 0:
 _, status = os.waitpid(pid, 0)
 print("parent", os.waitstatus_to_exitcode(status), float(job.result(timeout=30)["output_1"].sum()))
 print("result", legion.submit(flow("TestPass"), inputs=[42], spec=spec()).result(timeout=60)["output_1"])
-"""
+""")
     done = run_script("-c", program, cwd=tmp_path)
     assert "child 6 3.0 5" in done.stdout, done.stderr
     assert f"parent 3 {float(1 << 18)}" in done.stdout, done.stdout + done.stderr
@@ -210,7 +215,7 @@ print("result", legion.submit(flow("TestPass"), inputs=[42], spec=spec()).result
 
 
 def test_a_forked_child_that_lives_on_does_not_keep_the_workers_alive(tmp_path: Path) -> None:
-    program = BODY + """
+    program = program_of("""
 import os, time
 legion = Supervisor()
 legion.submit(flow("TestPass"), spec=spec()).result(timeout=60)
@@ -219,7 +224,7 @@ if child == 0:
     time.sleep(60)
 print("pids", child, legion.workers()[0].pid, flush=True)
 os.kill(os.getpid(), 9)
-"""
+""")
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=tmp_path, env=script_env(), stdout=subprocess.PIPE, text=True
     )

@@ -3,12 +3,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from legion_shm import ConfigError, StartupError, StartupTimeout, Supervisor, WorkerSpec
+from legion_shm.supervisor.spawn import environment_with
 from tests.system.support import flow, gone, in_threads, pid_of, run, spec, wait_for
 
 SPAWNED = """
@@ -34,7 +34,7 @@ def counting_module(folder: Path, then: str) -> tuple[Path, Path]:
 
 def test_a_broken_node_module_is_quoted_and_given_up_at_the_second_time(tmp_path: Path) -> None:
     path, counter = counting_module(tmp_path, "print('about to break')\n1 / 0  # the broken line\n")
-    broken = WorkerSpec(engine="graph", node_modules=[path])
+    broken = spec(node_modules=[path])
     with Supervisor() as legion:
         for _ in range(2):
             jobs = [legion.submit(flow("TestPass"), spec=broken) for _ in range(3)]
@@ -54,15 +54,16 @@ def test_a_broken_node_module_is_quoted_and_given_up_at_the_second_time(tmp_path
 def test_a_missing_module_and_one_without_nodes_say_so(tmp_path: Path) -> None:
     with Supervisor() as legion:
         for given, text in (("no_such_module_here", "no_such_module_here"), ("json", "NODE_CLASS_MAPPINGS")):
-            job = legion.submit(flow("TestPass"), spec=WorkerSpec(engine="graph", node_modules=[given]))
+            job = legion.submit(flow("TestPass"), spec=spec(node_modules=[given]))
             with pytest.raises(StartupError, match=text):
                 job.result(timeout=30)
 
 
 def test_a_worker_that_dies_by_a_signal_at_its_start_is_tried_again(tmp_path: Path) -> None:
-    path, counter = counting_module(tmp_path, "import os, signal\nif starts <= 2: os.kill(os.getpid(), signal.SIGKILL)\n")
+    twice = "import os, signal\nif starts <= 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+    path, counter = counting_module(tmp_path, twice)
     with Supervisor(restart_backoff_s=0.01) as legion:
-        job = legion.submit(flow("TestPass"), inputs=["value"], spec=spec(node_modules=[str(path)]))
+        job = legion.submit(flow("TestPass"), inputs=["value"], spec=spec(node_modules=[path]))
         assert job.result(timeout=60)["output_1"] == "value"
         assert len(counter.read_text()) == 3
         assert [event.kind for event in job.events()][:2] == ["queued", "started"]
@@ -71,19 +72,19 @@ def test_a_worker_that_dies_by_a_signal_at_its_start_is_tried_again(tmp_path: Pa
 def test_a_worker_that_keeps_dying_at_its_start_is_given_up_within_the_budget(tmp_path: Path) -> None:
     path, counter = counting_module(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n")
     with Supervisor(restart_backoff_s=0.01, restart_budget=1) as legion:
-        job = legion.submit(flow("TestPass"), spec=spec(node_modules=[str(path)]))
+        job = legion.submit(flow("TestPass"), spec=spec(node_modules=[path]))
         with pytest.raises(StartupError, match=r"restart_budget.*SIGKILL"):
             job.result(timeout=60)
         assert len(counter.read_text()) == 2
         with pytest.raises(StartupError):
-            legion.submit(flow("TestPass"), spec=spec(node_modules=[str(path)])).result(timeout=5)
+            legion.submit(flow("TestPass"), spec=spec(node_modules=[path])).result(timeout=5)
         assert len(counter.read_text()) == 2
 
 
 def test_a_worker_that_never_gets_ready_is_ended_and_the_setting_named(tmp_path: Path) -> None:
     path = module(tmp_path, "import time\ntime.sleep(600)\nNODE_CLASS_MAPPINGS = {}\n")
     with Supervisor() as legion:
-        slow = WorkerSpec(engine="graph", node_modules=[path], startup_timeout_s=0.4)
+        slow = spec(node_modules=[path], startup_timeout_s=0.4)
         job = legion.submit(flow("TestPass"), spec=slow)
         wait_for(lambda: legion.workers() and legion.workers()[0].pid, "the worker is starting")
         pid = pid_of(legion.workers()[0])
@@ -101,15 +102,23 @@ def test_a_python_that_is_not_there_or_is_none_is_an_error(tmp_path: Path) -> No
         bare = tmp_path / "python"
         bare.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         bare.chmod(0o755)
-        assert legion.submit(flow("TestPass"), inputs=[3], spec=spec(python_executable=bare)).result(timeout=30)[
-            "output_1"
-        ] == 3
+        assert run(legion, "TestPass", 3, on=spec(python_executable=bare)) == 3
 
 
-def test_the_environment_is_set_before_torch_loads_and_ours_is_untouched() -> None:
-    """Workers of four specs are started while threads change this process's environment all the time."""
-    stop = threading.Event()
-    os.environ["LEGION_TEST_PARENT"] = "inherited"
+def test_a_program_whose_folder_is_gone_still_has_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend("")
+    folder.rmdir()
+    with Supervisor() as legion:
+        assert run(legion, "TestPass", 1) == 1
+
+
+def changing_environment(stop: threading.Event) -> threading.Thread:
+    """A thread that sets and removes variables of this process until ``stop``."""
 
     def disturb() -> None:
         number = 0
@@ -117,22 +126,44 @@ def test_the_environment_is_set_before_torch_loads_and_ours_is_untouched() -> No
             os.environ[f"LEGION_TEST_{number % 50}"] = "x"
             os.environ.pop(f"LEGION_TEST_{(number + 25) % 50}", None)
             number += 1
-            time.sleep(0)
 
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    return thread
+
+
+def test_the_environment_can_be_copied_while_it_changes() -> None:
+    stop, interval_s = threading.Event(), sys.getswitchinterval()
+    thread = changing_environment(stop)
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(500):
+            assert environment_with({"OWN": "1"}).items() >= {("OWN", "1"), ("PATH", os.environ["PATH"])}
+    finally:
+        sys.setswitchinterval(interval_s)
+        stop.set()
+        thread.join()
+        for name in [name for name in os.environ if name.startswith("LEGION_TEST_")]:
+            del os.environ[name]
+
+
+def test_the_environment_is_set_before_torch_loads_and_ours_is_untouched() -> None:
+    """Workers of four specs are started while threads change this process's environment all the time."""
+    stop = threading.Event()
+    os.environ["LEGION_TEST_PARENT"] = "inherited"
     before = {name for name in os.environ if not name.startswith("LEGION_TEST_")}
-    disturber = threading.Thread(target=disturb)
-    disturber.start()
+    disturber = changing_environment(stop)
     try:
         with Supervisor() as legion:
 
             def ask(threads: int) -> None:
-                own = spec(env={"OMP_NUM_THREADS": str(threads % 2 + 1), "LEGION_TEST_OWN": f"number {threads}"})
+                count = threads % 2 + 1
+                own = spec(env={"OMP_NUM_THREADS": count, "LEGION_TEST_OWN": f"number {threads}"})
                 workflow = flow("TestEnviron", name="LEGION_TEST_OWN")
                 result = legion.submit(workflow, spec=own).result(timeout=60)
                 assert result["output_1"] == f"number {threads}"
-                assert result["output_2"] == threads % 2 + 1, "torch took it from its environment"
-                workflow = flow("TestEnviron", name="LEGION_TEST_PARENT")
-                assert legion.submit(workflow, spec=own).result(timeout=60)["output_1"] == "inherited"
+                assert result["output_2"] == count, "torch took it from its environment"
+                assert run(legion, "TestEnviron", on=own, name="LEGION_TEST_PARENT") == "inherited"
                 assert "LEGION_TEST_OWN" not in os.environ
 
             in_threads(4, ask)
@@ -148,7 +179,8 @@ def test_equal_specs_share_a_worker_and_different_ones_do_not() -> None:
     with Supervisor() as legion:
 
         def pid(given: WorkerSpec) -> int:
-            return legion.submit(flow("TestCounter"), spec=given).result(timeout=60)["output_2"]
+            result = legion.submit(flow("TestCounter"), spec=given).result(timeout=60)
+            return int(result["output_2"])
 
         first = pid(spec(env={"A": "1", "B": "2"}))
         assert pid(spec(env={"B": 2, "A": "1"})) == first

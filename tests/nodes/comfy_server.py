@@ -1,0 +1,235 @@
+"""A real ComfyUI server with this repository among its custom nodes, and talking to it over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPO = Path(__file__).resolve().parents[2]
+COMFYUI = os.environ.get("COMFYUI_PATH")
+PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+
+# Nodes for the master and its workers alike: a source of known bits, one that writes them down, and more.
+PROBE_PACK = '''
+import time
+import numpy, torch
+import comfy.model_management, comfy.utils
+
+
+class ProbeSource:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {}), "height": ("INT", {"default": 64, "max": 8192})}}
+
+    def run(self, seed, height):
+        return (torch.rand(1, height, 96, 3, generator=torch.Generator().manual_seed(seed)),)
+
+
+class ProbeWrite:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "run", "probe", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("*", {"forceInput": True}), "path": ("STRING", {"default": ""})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, value, path):
+        with open(path, "wb") as file:
+            numpy.save(file, value.numpy() if isinstance(value, torch.Tensor) else numpy.asarray(value))
+        return {"ui": {"written": [time.monotonic()]}}
+
+
+class ProbeSlow:
+    """Steps of 20 ms with progress and, once, a preview; writes when it began and ended."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"image": ("IMAGE",), "steps": ("INT", {}), "log": ("STRING", {})},
+            "optional": {"after": ("*", {"forceInput": True})},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, image, steps, log, after=None):
+        from PIL import Image
+
+        with open(log, "a") as file:
+            file.write(f"begin {time.monotonic()}\\n")
+        bar = comfy.utils.ProgressBar(steps)
+        for step in range(steps):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            preview = ("JPEG", Image.new("RGB", (32, 32), "red"), 64) if step == steps // 2 else None
+            bar.update_absolute(step + 1, steps, preview)
+            time.sleep(0.02)
+        with open(log, "a") as file:
+            file.write(f"end {time.monotonic()}\\n")
+        return (image,)
+
+
+class ProbeFail:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",), "how": ("STRING", {"default": "raise"})}}
+
+    def run(self, image, how):
+        import os, signal
+
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("the probe failed on purpose")
+
+
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (ProbeSource, ProbeWrite, ProbeSlow, ProbeFail)}
+'''
+
+
+class ComfyServer:
+    """Started by the constructor; `stop` ends it."""
+
+    def __init__(self, comfyui: Path, python: str, base: Path, *extra: str) -> None:
+        self.base = base
+        for folder in ("custom_nodes/probe_pack", "frontend", "input", "output", "user/default", "models"):
+            (base / folder).mkdir(parents=True, exist_ok=True)
+        (base / "custom_nodes" / "probe_pack" / "__init__.py").write_text(PROBE_PACK, encoding="utf-8")
+        (base / "custom_nodes" / "legion-shm").symlink_to(REPO)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        # Version 0.3.64 has no option for its database; a file that others lock is told of and does no harm.
+        self._runtime = tempfile.mkdtemp(prefix="lg")  # a socket's path must be short
+        self._log = open(base / "server.log", "w+", encoding="utf-8")  # noqa: SIM115 - closed by stop
+        self.process = subprocess.Popen(
+            [
+                python,
+                str(comfyui / "main.py"),
+                "--cpu",
+                "--listen",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--base-directory",
+                str(base),
+                "--front-end-root",
+                str(base / "frontend"),
+                "--database-url",
+                "sqlite:///:memory:",
+                *extra,
+            ],
+            cwd=base,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": self._runtime},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        self._wait_until_ready(within_s=120)
+
+    @classmethod
+    def from_environment(cls, base: Path) -> ComfyServer:
+        return cls(Path(COMFYUI or "."), PYTHON, base)
+
+    def log(self) -> str:
+        return (self.base / "server.log").read_text(encoding="utf-8", errors="replace")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(timeout=30)
+        self._log.close()
+        shutil.rmtree(self._runtime, ignore_errors=True)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that the server's Legion started."""
+        server = psutil.Process(self.process.pid)
+        return [child for child in server.children() if "--multiprocessing-fork" in child.cmdline()]
+
+    # --- HTTP ---------------------------------------------------------------------------------------
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+            body = answer.read().decode()
+        return json.loads(body) if answer.headers.get_content_type() == "application/json" else body
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error.code}: {error.read().decode()}") from None
+        return json.loads(text) if text else None
+
+    def queue(self, prompt: Mapping[str, Any], client_id: str = "test") -> str:
+        return str(self.post("/prompt", {"prompt": prompt, "client_id": client_id})["prompt_id"])
+
+    def wait(self, prompt_id: str, within_s: float = 60.0) -> dict[str, Any]:
+        """The prompt's history entry."""
+        deadline_s = time.monotonic() + within_s
+        while time.monotonic() < deadline_s:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return dict(history[prompt_id])
+            time.sleep(0.01)
+        raise AssertionError(f"prompt {prompt_id} has not ended within {within_s:g} s\n{self.log()[-4000:]}")
+
+    def run(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """Queue, wait, and check that it ended well."""
+        entry = self.wait(self.queue(prompt))
+        assert entry["status"]["status_str"] == "success", json.dumps(entry["status"], indent=1)[:6000]
+        return entry
+
+    def fail(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """Queue, wait, and give the data of its execution_error."""
+        entry = self.wait(self.queue(prompt))
+        errors = [data for event, data in entry["status"]["messages"] if event == "execution_error"]
+        assert errors, json.dumps(entry["status"], indent=1)[:6000]
+        return dict(errors[0])
+
+    def executed(self, entry: Mapping[str, Any], prompt: Mapping[str, Any]) -> set[str]:
+        """The nodes of a prompt that were not taken from the cache."""
+        cached: set[str] = set()
+        for event, data in entry["status"]["messages"]:
+            if event == "execution_cached":
+                cached.update(data["nodes"])
+        return set(prompt) - cached
+
+    def _wait_until_ready(self, within_s: float) -> None:
+        deadline_s = time.monotonic() + within_s
+        while time.monotonic() < deadline_s and self.process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        said = self.log()[-4000:]
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+        raise AssertionError(f"ComfyUI was not ready within {within_s:g} s\n{said}")
