@@ -36,6 +36,7 @@ from legion_shm.supervisor.graph_modules import load_node_classes
 from legion_shm.supervisor.graph_protocol import NodeClass, PlannedNode
 from legion_shm.supervisor.graph_report import node_failure
 from legion_shm.supervisor.graph_validation import Plan, hidden_value, validate_prompt
+from legion_shm.supervisor.graph_writes import Watch, private_copy
 
 __all__ = ["BUILTIN_MODULES", "GraphEngine"]
 
@@ -103,7 +104,7 @@ class GraphEngine:
         with job_context.running(job):
             self._begin(job)
             try:
-                with _inference_mode():
+                with _no_grad():
                     return _Run(self._cache, self._call(job), job, events, self._next_fresh).outcome(
                         self._plan(request, job)
                     )
@@ -173,10 +174,11 @@ class GraphEngine:
 _Call = Callable[[Callable[..., object], Mapping[str, Sequence[object]], bool], list[object]]
 
 
-def _inference_mode() -> AbstractContextManager[object]:
+def _no_grad() -> AbstractContextManager[object]:
+    """Not inference mode, as ComfyUI has it: tensors made there do not tell when they are written into."""
     import torch
 
-    return cast("AbstractContextManager[object]", torch.inference_mode())
+    return cast("AbstractContextManager[object]", torch.no_grad())
 
 
 class _GraphJob(job_context.JobContext):
@@ -277,21 +279,25 @@ class _Run:
         self._job.node_id = node.node_id
         self._events.node(node.node_id, node.class_type, "started")
         inputs: dict[str, Sequence[object]] = {}
+        watch = Watch(())
         failure: LegionError
         try:
             inputs = self._inputs_of(node, plan)
+            watch = Watch(inputs)
             node_object = self._cache.node_object(node)
             function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
             result = read_results(self._call(function, inputs, node.input_is_list), node.node_class)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             failure = self._failure(error, node, inputs)
         else:
+            if watch.changed():
+                self._note_writer(node)
             self._events.node(node.node_id, node.class_type, "finished")
             return result
         finally:
             self._job.node_id = None
         # Raised out here and after letting go, so that the error carries no frame that holds tensors.
-        inputs = {}
+        inputs, watch = {}, Watch(())
         self._results.clear()
         try:
             raise failure
@@ -332,9 +338,21 @@ class _Run:
                     "outputs: its function returned a dict without 'result'"
                 )
             inputs[name] = outputs[link.slot]
+            if node.class_type in self._cache.writers:
+                inputs[name] = private_copy(inputs[name])
         for name, kind in node.hidden.items():
             inputs[name] = (hidden_value(kind, node.node_id, plan.prompt),)
         return inputs
+
+    def _note_writer(self, node: PlannedNode) -> None:
+        if node.class_type not in self._cache.writers:
+            self._cache.writers.add(node.class_type)
+            _log.warning(
+                "node %s (%s) wrote into an input that it shares with other nodes, which may see it in this "
+                "job; from now on nodes of this class get copies. Let it clone() what it changes",
+                node.node_id,
+                node.class_type,
+            )
 
     def _fingerprint(self, node: PlannedNode, function: str) -> object:
         inputs = _constants(node)

@@ -27,6 +27,7 @@ from typing import Any, cast
 from legion_shm.supervisor.graph_call import NodeResult
 from legion_shm.supervisor.graph_protocol import PlannedNode
 from legion_shm.supervisor.graph_validation import Plan
+from legion_shm.supervisor.graph_writes import Watch
 
 __all__ = ["GraphCache", "Signature", "encode_constant", "sign_plan"]
 
@@ -167,10 +168,14 @@ def _ask(node: PlannedNode, function: str, fingerprint: Callable[[PlannedNode, s
 
 
 class GraphCache:
-    """Outputs by signature, node objects by node id and class, plans by prompt digest."""
+    """Outputs by signature, node objects by node id and class, plans by prompt digest.
+
+    ``writers``: the classes whose nodes were seen to write into their inputs.
+    """
 
     def __init__(self) -> None:
-        self._results: dict[bytes, NodeResult] = {}
+        self._results: dict[bytes, tuple[NodeResult, Watch]] = {}
+        self.writers: set[str] = set()
         self._objects: dict[tuple[str, str], Any] = {}
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
 
@@ -201,12 +206,19 @@ class GraphCache:
         return self._objects[key]
 
     def find(self, signature: Signature) -> NodeResult | None:
-        return None if signature.volatile else self._results.get(signature.node)
+        kept = None if signature.volatile else self._results.get(signature.node)
+        if kept is None:
+            return None
+        result, watch = kept
+        if watch.changed():
+            del self._results[signature.node]  # some node wrote into it: it is not what its node made
+            return None
+        return result
 
     def store(self, node: PlannedNode, signature: Signature, result: NodeResult) -> None:
         """Keep a result for later jobs, unless the node is volatile or its class says not to."""
         if not signature.volatile and getattr(node.node_class, "KEEP_OUTPUTS", True):
-            self._results[signature.node] = result
+            self._results[signature.node] = (result, Watch(result.outputs))
 
     def __len__(self) -> int:
         """How many nodes' outputs are kept."""

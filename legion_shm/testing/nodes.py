@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-from legion_shm.job_context import check_cancelled, preview, progress
+from legion_shm.job_context import check_cancelled, current_job, preview, progress
 
 __all__ = ["NODE_CLASS_MAPPINGS"]
 
@@ -68,6 +68,18 @@ class TestGate(_TestNode):
         while not Path(go).exists():
             if time.monotonic() > until_s:
                 raise TimeoutError(f"nobody made {go}")
+            time.sleep(_POLL_S)
+        return (value,)
+
+
+class TestUntilCancelled(_TestNode):
+    """Waits until its job is cancelled, and then returns as if it had not noticed."""
+
+    def run(self, value: object = None) -> tuple[object]:
+        until_s = time.monotonic() + 60.0
+        while not current_job().cancelled:
+            if time.monotonic() > until_s:
+                raise TimeoutError("nobody cancelled the job")
             time.sleep(_POLL_S)
         return (value,)
 
@@ -310,6 +322,6 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     for kind in (
         TestAdd, TestBig, TestCounter, TestDieUntil, TestEnviron, TestExit, TestGate, TestGrandchild,
         TestHoldGil, TestKeepOutput, TestNumbers, TestObject, TestPass, TestPrint, TestProgress, TestRaise,
-        TestSignal, TestSleep, TestText, TestWriteBytes, TestWriteInput,
+        TestSignal, TestSleep, TestText, TestUntilCancelled, TestWriteBytes, TestWriteInput,
     )
 }  # fmt: skip

@@ -80,11 +80,11 @@ def test_a_chain_far_longer_than_pythons_recursion_limit_runs() -> None:
         assert harness.run(prompt).outputs == {"output_1": count + 1}
 
 
-def test_nodes_run_in_inference_mode() -> None:
-    with engine_with({"Mode": node_class(lambda: (torch.is_inference_mode_enabled(),))}) as harness:
+def test_nodes_run_without_gradients() -> None:
+    with engine_with({"Mode": node_class(lambda: (torch.is_grad_enabled(),))}) as harness:
         outcome = harness.run({"1": node("Mode"), "2": node(EXPORT, input_1=["1", 0])})
-        assert outcome.outputs == {"output_1": True}
-        assert not torch.is_inference_mode_enabled()
+        assert outcome.outputs == {"output_1": False}
+        assert torch.is_grad_enabled()
 
 
 def test_hidden_inputs_are_filled_in() -> None:

@@ -21,6 +21,9 @@ execution:
 """
 
 
+ASYNC_YAML = GRAPH_YAML + "  asynch: true\n"
+
+
 def call(class_type: str, **inputs: Any) -> Any:
     """Run a node as ComfyUI does: a fresh object, its FUNCTION, keywords."""
     node_class: Any = NODE_CLASS_MAPPINGS[class_type]
@@ -67,3 +70,10 @@ def image(height: int = 64, width: int = 48) -> Any:
     import torch
 
     return torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(height * width))
+
+
+def master(prompt: dict[str, Any] | None = None, *inputs: object, yaml: str = GRAPH_YAML, **more: Any) -> Any:
+    given = {f"input_{number}": value for number, value in enumerate(inputs, 1)}
+    if prompt is not None:
+        more["workflow_text"] = text(prompt)
+    return call("LegionMaster", **{"legion_config": config(yaml), **given, **more})

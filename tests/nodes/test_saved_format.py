@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,111 +10,7 @@ import pytest
 from legion_shm.errors import InvalidWorkflow
 from legion_shm.nodes.saved_format import convert_saved_workflow, is_saved_format
 from legion_shm.nodes.saved_widgets import choose_variants
-
-CLASSES: dict[str, dict[str, Any]] = {
-    "Source": {"required": {}},
-    "Sink": {"required": {"image": ("IMAGE",)}},
-    "Sampler": {
-        "required": {
-            "model": ("MODEL",),
-            "seed": ("INT", {"default": 0}),
-            "steps": ("INT", {"default": 20}),
-            "sampler": (["euler", "ddim"],),
-        },
-        "optional": {"denoise": ("FLOAT", {"default": 1.0}), "image": ("IMAGE",)},
-    },
-    "Text": {
-        "required": {"text": ("STRING", {"multiline": True, "dynamicPrompts": True}), "clip": ("CLIP",)}
-    },
-    "Loader": {
-        "required": {"image": (["a.png", "b.png"], {"image_upload": True})},
-        "optional": {"channel": ("STRING", {"default": "red"})},
-    },
-    "Two": {
-        "required": {"one": ("IMAGE",), "two": ("MASK",), "forced": ("INT", {"forceInput": True})},
-        "optional": {"three": ("FLOAT", {})},
-    },
-    "Combo": {
-        "required": {
-            "format": (
-                "COMFY_DYNAMICCOMBO_V3",
-                {
-                    "options": [
-                        {"key": "flac", "inputs": {"required": {}}},
-                        {
-                            "key": "mp3",
-                            "inputs": {"required": {"quality": ("COMBO", {"options": ["V0", "128k"]})}},
-                        },
-                    ]
-                },
-            ),
-            "name": ("STRING", {"default": "x"}),
-        }
-    },
-    "Picky": {
-        "required": {
-            "choice": ("COMBO", {"options": ["a", "b"], "control_after_generate": True}),
-            "n": ("INT",),
-        }
-    },
-    "Custom": {"required": {"curve": ("CURVE_EDITOR", {}), "n": ("INT", {"default": 1})}},
-    "Points": {"required": {"points": ("STRING", {}), "image": ("IMAGE",)}},
-}
-
-
-def lookup(name: str) -> Mapping[str, Any] | None:
-    return {"input": CLASSES[name]} if name in CLASSES else None
-
-
-class Saved:
-    """Builds a saved workflow: nodes with slots by name, links between them."""
-
-    def __init__(self, *, link_objects: bool = False) -> None:
-        self.nodes: list[dict[str, Any]] = []
-        self.links: list[Any] = []
-        self._objects = link_objects
-
-    def node(self, node_id: Any, kind: str, *, outputs: int = 1, types: str = "IMAGE", **more: Any) -> None:
-        """``more``: fields of the node; ``inputs`` as ``{name: (type, link, is widget)}``."""
-        slots = [
-            {"name": name, "type": slot[0], "link": slot[1]}
-            | ({"widget": {"name": name}} if len(slot) > 2 else {})
-            for name, slot in more.pop("inputs", {}).items()
-        ]
-        made = {
-            "id": node_id,
-            "type": kind,
-            "mode": 0,
-            "inputs": slots,
-            "outputs": [{"name": "out", "type": types}] * outputs,
-            "widgets_values": [],
-        }
-        self.nodes.append(made | more)
-
-    def link(
-        self, number: int, origin: Any, slot: int, target: Any, target_slot: int, kind: str = "IMAGE"
-    ) -> None:
-        fields = [number, origin, slot, target, target_slot, kind]
-        names = ["id", "origin_id", "origin_slot", "target_id", "target_slot", "type"]
-        self.links.append(dict(zip(names, fields, strict=True)) if self._objects else fields)
-
-    def document(self, **more: Any) -> dict[str, Any]:
-        return {"nodes": self.nodes, "links": self.links, "version": 0.4, **more}
-
-
-def convert(saved: Saved, **more: Any) -> dict[str, dict[str, Any]]:
-    made = convert_saved_workflow(saved.document(**more), lookup)
-    for node in made.values():
-        node.pop("_meta")
-    return made
-
-
-def inputs(class_type: str, values: Any, **fields: Any) -> dict[str, Any]:
-    """The inputs of a single node with these widget values."""
-    saved = Saved()
-    saved.node(1, class_type, widgets_values=values, **fields)
-    return dict(convert(saved)["1"]["inputs"])
-
+from tests.nodes.saved import Saved, convert, inputs, lookup
 
 # --- the two formats ----------------------------------------------------------------------------------
 
@@ -302,153 +197,6 @@ def test_bypassed_nodes_in_a_row_are_all_passed() -> None:
     assert convert(saved)["4"]["inputs"] == {"image": ["1", 0]}
 
 
-# --- subgraphs ----------------------------------------------------------------------------------------
-
-
-def blur_twice() -> dict[str, Any]:
-    """A subgraph: an image and a number in, through two samplers, an image out; and its input out again."""
-    inner = Saved(link_objects=True)
-    values = [1, "fixed", 2, "ddim", 0.5]
-    inner.node(
-        10,
-        "Sampler",
-        inputs={"image": ("IMAGE", 1), "steps": ("INT", 2, True)},
-        widgets_values=values,
-    )
-    inner.node(
-        11, "Sampler", inputs={"image": ("IMAGE", 3), "steps": ("INT", 4, True)}, widgets_values=values
-    )
-    inner.link(1, -10, 0, 10, 0)
-    inner.link(2, -10, 1, 10, 1, "INT")
-    inner.link(3, 10, 0, 11, 0)
-    inner.link(4, -10, 1, 11, 1, "INT")
-    inner.link(5, 11, 0, -20, 0)
-    inner.link(6, -10, 0, -20, 1)
-    return inner.document(
-        id="sub-1",
-        name="Blur twice",
-        inputs=[
-            {"id": "a", "name": "picture", "type": "IMAGE", "linkIds": [1, 6]},
-            {"id": "b", "name": "steps", "type": "INT", "linkIds": [2, 4]},
-        ],
-        outputs=[
-            {"id": "c", "name": "out", "type": "IMAGE", "linkIds": [5]},
-            {"id": "d", "name": "same", "type": "IMAGE", "linkIds": [6]},
-        ],
-    )
-
-
-def around(
-    instance: dict[str, Any], *definitions: dict[str, Any], slot: int = 0
-) -> dict[str, dict[str, Any]]:
-    saved = Saved()
-    saved.node(1, "Source")
-    saved.node(2, "sub-1", **instance)
-    saved.node(3, "Sink", inputs={"image": ("IMAGE", 8)})
-    saved.node(4, "PrimitiveNode", widgets_values=[99, "fixed"], types="INT")
-    saved.link(7, 1, 0, 2, 0)
-    saved.link(8, 2, slot, 3, 0)
-    saved.link(9, 4, 0, 2, 1, "INT")
-    return convert(saved, definitions={"subgraphs": list(definitions)})
-
-
-PICTURE = {"picture": ("IMAGE", 7)}
-STEPS = {"steps": ("INT", None, True)}
-
-
-def steps_of(made: dict[str, dict[str, Any]]) -> list[Any]:
-    return [made[node_id]["inputs"]["steps"] for node_id in ("2:10", "2:11")]
-
-
-def test_a_subgraph_is_replaced_by_its_nodes() -> None:
-    made = around({"inputs": PICTURE | STEPS}, blur_twice())
-    assert set(made) == {"1", "3", "2:10", "2:11"}
-    assert made["2:10"]["inputs"]["image"] == ["1", 0]
-    assert made["2:11"]["inputs"]["image"] == ["2:10", 0]
-    assert made["3"]["inputs"] == {"image": ["2:11", 0]}
-    assert steps_of(made) == [2, 2]
-
-
-def test_an_output_of_a_subgraph_may_be_its_own_input() -> None:
-    assert around({"inputs": PICTURE}, blur_twice(), slot=1)["3"]["inputs"] == {"image": ["1", 0]}
-
-
-@pytest.mark.parametrize(
-    ("instance", "expected"),
-    [
-        ({"widgets_values": [42]}, 42),
-        ({"widgets_values": [42, "randomize"]}, 42),
-        ({"widgets_values_named": {"steps": 43}, "widgets_values": [42]}, 43),
-        ({"widgets_values": []}, 2),
-        ({"widgets_values": [None]}, 2),
-        ({"widgets_values": ["of", "another", "kind"]}, 2),
-        ({"widgets_values": ["text"]}, 2),
-        ({"widgets_values": [7, 8, 9]}, 2),
-    ],
-)
-def test_a_subgraphs_own_widget_counts_before_the_inner_one(instance: dict[str, Any], expected: int) -> None:
-    made = around({"inputs": PICTURE | STEPS, **instance}, blur_twice())
-    assert steps_of(made) == [expected, expected]
-    without_slot = around({"inputs": PICTURE, **instance}, blur_twice())
-    assert steps_of(without_slot) == [expected, expected]
-
-
-def test_a_primitive_outside_reaches_the_nodes_inside() -> None:
-    made = around({"inputs": PICTURE | {"steps": ("INT", 9, True)}, "widgets_values": [42]}, blur_twice())
-    assert steps_of(made) == [99, 99]
-
-
-def test_two_instances_have_nodes_of_their_own() -> None:
-    saved = Saved()
-    saved.node(1, "Source")
-    saved.node(2, "sub-1", inputs={"picture": ("IMAGE", 1)}, widgets_values=[5])
-    saved.node(3, "sub-1", inputs={"picture": ("IMAGE", 2)}, widgets_values=[6])
-    saved.node(4, "Sink", inputs={"image": ("IMAGE", 3)})
-    saved.link(1, 1, 0, 2, 0)
-    saved.link(2, 2, 0, 3, 0)
-    saved.link(3, 3, 0, 4, 0)
-    made = convert(saved, definitions={"subgraphs": [blur_twice()]})
-    assert set(made) == {"1", "4", "2:10", "2:11", "3:10", "3:11"}
-    assert made["3:10"]["inputs"]["image"] == ["2:11", 0]
-    assert (made["2:10"]["inputs"]["steps"], made["3:10"]["inputs"]["steps"]) == (5, 6)
-
-
-def test_subgraphs_within_subgraphs_are_followed_in_and_out() -> None:
-    outer = Saved(link_objects=True)
-    outer.node(20, "sub-1", inputs={"picture": ("IMAGE", 1), "steps": ("INT", 3, True)}, outputs=2)
-    outer.link(1, -10, 0, 20, 0)
-    outer.link(2, 20, 0, -20, 0)
-    outer.link(3, -10, 1, 20, 1, "INT")
-    wrapper = outer.document(
-        id="sub-2",
-        name="Wrapped",
-        inputs=[
-            {"name": "in", "type": "IMAGE", "linkIds": [1]},
-            {"name": "count", "type": "INT", "linkIds": [3]},
-        ],
-        outputs=[{"name": "out", "type": "IMAGE", "linkIds": [2]}],
-    )
-    saved = Saved()
-    saved.node(1, "Source")
-    saved.node(2, "sub-2", inputs={"in": ("IMAGE", 7)}, widgets_values=[42])
-    saved.node(3, "Sink", inputs={"image": ("IMAGE", 8)})
-    saved.link(7, 1, 0, 2, 0)
-    saved.link(8, 2, 0, 3, 0)
-    made = convert(saved, definitions={"subgraphs": [blur_twice(), wrapper]})
-    assert set(made) == {"1", "3", "2:20:10", "2:20:11"}
-    assert made["2:20:10"]["inputs"]["image"] == ["1", 0]
-    assert made["2:20:10"]["inputs"]["steps"] == 42
-    assert made["3"]["inputs"] == {"image": ["2:20:11", 0]}
-
-
-def test_a_muted_or_bypassed_subgraph_is_left_out_as_a_node_would_be() -> None:
-    muted = around({"inputs": PICTURE | STEPS, "mode": 2}, blur_twice())
-    assert muted["3"]["inputs"] == {}
-    bypassed = around({"inputs": PICTURE | STEPS, "mode": 4}, blur_twice())
-    assert bypassed["3"]["inputs"] == {"image": ["1", 0]}
-    assert set(muted) == set(bypassed) == {"1", "3"}
-
-
 # --- what cannot be converted -------------------------------------------------------------------------
 
 
@@ -499,7 +247,7 @@ def test_a_link_from_nowhere_and_a_broken_link_are_errors() -> None:
         convert(saved)
 
 
-def test_links_in_a_circle_of_reroutes_and_a_subgraph_in_itself_end_in_an_error() -> None:
+def test_links_in_a_circle_of_reroutes_are_an_error() -> None:
     saved = Saved()
     saved.node(1, "Reroute", inputs={"": ("*", 2)})
     saved.node(2, "Reroute", inputs={"": ("*", 1)})
@@ -509,7 +257,3 @@ def test_links_in_a_circle_of_reroutes_and_a_subgraph_in_itself_end_in_an_error(
     saved.link(3, 1, 0, 3, 0)
     with pytest.raises(InvalidWorkflow, match="circle"):
         convert(saved)
-    inner = Saved(link_objects=True)
-    inner.node(10, "sub-1")
-    with pytest.raises(InvalidWorkflow, match="contain themselves"):
-        around({}, inner.document(id="sub-1", name="Itself", inputs=[], outputs=[]))

@@ -29,6 +29,7 @@ TORCH_IMPORTERS = {
     "transport/resident.py",
     "transport/tensors.py",
     "supervisor/graph.py",
+    "supervisor/graph_writes.py",
     "legion_shm/cli_values.py",
     "legion_shm/doctor.py",
     "legion_shm/testing/nodes.py",

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_an_output_that_is_not_there_is_named_beside_those_that_are() -> None:
 
 def test_copies_are_summed_over_what_crossed() -> None:
     crossed = tuple(Transfer("to_worker", str(n), 1, 10, 0, 10, n, 0) for n in (1, 2))
-    assert JobStats(**{**vars(STATS), "transfers": crossed}).copies == 3
+    assert replace(STATS, transfers=crossed).copies == 3
 
 
 def test_a_result_is_decoded_once_for_all_who_ask(rig: Rig) -> None:

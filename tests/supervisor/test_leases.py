@@ -151,6 +151,32 @@ def test_a_segment_stays_while_a_block_in_it_lives(table: LeaseTable) -> None:
     assert not table.remove_segment(99, 1)
 
 
+def test_blocks_freed_before_their_owner_died_are_not_told_to_a_later_one(table: LeaseTable) -> None:
+    table.publish(block(0), "w1")
+    table.drop_holder("w1")
+    table.condemn(ARENA)
+    assert not table.has_freed
+    assert table.drain_freed() == {}
+
+
+def test_a_table_that_nobody_holds_anything_of_remembers_nobody(table: LeaseTable) -> None:
+    for number in range(100):
+        table.publish(block(0, generation=number), f"job:{number}")
+        table.drop_holder(f"job:{number}")
+    assert table._held == {}
+    assert table._blocks == {}
+
+
+def test_a_freed_block_leaves_its_neighbours_guarded(table: LeaseTable) -> None:
+    for page in (0, 2, 4):
+        table.publish(block(page, 2), f"w{page}")
+    table.drop_holder("w2")
+    for page in (0, 4):
+        with pytest.raises(InvalidHandle, match="overlaps"):
+            table.publish(block(page), "master")
+    table.publish(block(2, 2, generation=2), "master")
+
+
 def test_a_condemned_arena_takes_no_block_and_is_empty_with_its_last_one(table: LeaseTable) -> None:
     table.publish(block(0), "w1")
     table.publish(block(1), "w1")

@@ -87,11 +87,13 @@ def decode(frame: bytes) -> Message:
 
 
 def row(message: Message) -> list[Any]:
-    return msgpack.unpackb(encode(message), unicode_errors="surrogatepass")  # type: ignore[no-any-return]
+    items: list[Any] = msgpack.unpackb(encode(message), unicode_errors="surrogatepass")
+    return items
 
 
 def packed(row: object) -> bytes:
-    return msgpack.packb(row, unicode_errors="surrogatepass")  # type: ignore[no-any-return]
+    frame: bytes = msgpack.packb(row, unicode_errors="surrogatepass")
+    return frame
 
 
 # --- there and back -----------------------------------------------------------------------------------
@@ -121,6 +123,9 @@ def test_a_whole_number_is_a_number_too() -> None:
     assert isinstance(again, ProgressNote)
     assert (again.value, again.total) == (1.0, 20.0)
     assert type(again.value) is float
+    huge = decode(encode(ProgressNote("j", 1, None, 2**64 - 1, 2**53 + 1)))
+    assert isinstance(huge, ProgressNote)
+    assert (huge.value, huge.total) == (2.0**64, 2.0**53)
     note = decode(encode(ProgressNote("j", 1, None, math.nan, math.inf)))
     assert isinstance(note, ProgressNote)
     assert math.isnan(note.value)
@@ -140,21 +145,52 @@ WRONG: dict[str, list[object]] = {
     "bool": [None, 0, 1, "true", b""],
     "float": [None, "1.0", True, b"", [1.0]],
     "str | None": [1, b"x", ["x"], False],
-    "Handles": [None, 1, "x", b"x", [1], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6]], [[1, 2, 3, True, 5]],
-                [[-1, 1, 0, 1, 1]], [[1, 2**32, 0, 1, 1]], [[1, 1, 0, 0, 1]], [[1, 1, 0, 1, 1.0]]],
+    "Handles": [
+        None,
+        1,
+        "x",
+        b"x",
+        [1],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6]],
+        [[1, 2, 3, True, 5]],
+        [[-1, 1, 0, 1, 1]],
+        [[1, 2**32, 0, 1, 1]],
+        [[1, 1, 0, 0, 1]],
+        [[1, 1, 0, 1, 1.0]],
+    ],
     "Names": [None, "text", [1], ["a", b"b"], [["a"]]],
     "Pairs": [None, [["a"]], [["a", "b", "c"]], [["a", 1]], ["ab"], [[]]],
     "NodeRows": [None, [["a", "b"]], [["a", "b", "c", "d"]], [["a", "b", 1]], ["abc"]],
     "tuple[int, ...]": [None, 1, ["1"], [True], [1.0], [[1]]],
-    "Values": [None, [1], [[]], [["n", b"t", [], [], None]], [["n", b"t", [], [], None, [], 1]],
-               [[1, b"t", [], [], None, []]], [["n", "t", [], [], None, []]], [["n", b"t", [1], [], None, []]],
-               [["n", b"t", [], [1], None, []]], [["n", b"t", [], [], "x", []]], [["n", b"t", [], [], None, ["1"]]]],
-}  # fmt: skip
+    "Values": [
+        None,
+        [1],
+        [[]],
+        [["n", b"t", [], [], None]],
+        [["n", b"t", [], [], None, [], 1]],
+        [[1, b"t", [], [], None, []]],
+        [["n", "t", [], [], None, []]],
+        [["n", b"t", [1], [], None, []]],
+        [["n", b"t", [], [1], None, []]],
+        [["n", b"t", [], [], "x", []]],
+        [["n", b"t", [], [], None, ["1"]]],
+    ],
+}
 SAMPLES: dict[str, object] = {
-    "int": 1, "str": "x", "bytes": b"x", "bool": True, "float": 0.5, "str | None": None, "Handles": [H.to_wire()],
-    "Names": ["x"], "Pairs": [["a", "b"]], "NodeRows": [["1", "Blur", "started"]], "tuple[int, ...]": [1],
+    "int": 1,
+    "str": "x",
+    "bytes": b"x",
+    "bool": True,
+    "float": 0.5,
+    "str | None": None,
+    "Handles": [H.to_wire()],
+    "Names": ["x"],
+    "Pairs": [["a", "b"]],
+    "NodeRows": [["1", "Blur", "started"]],
+    "tuple[int, ...]": [1],
     "Values": [["n", b"t", [H.to_wire()], [True], b"i", [1]]],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -188,33 +188,33 @@ def test_a_spec_may_be_a_mapping_or_left_out() -> None:
 
 
 def test_equal_specs_have_equal_keys_however_they_were_written() -> None:
-    one = WorkerSpec(
-        node_modules=["a"], env={"B": "2", "A": "1"}, startup_timeout_s=30, comfyui_path=Path("/c")
-    )  # type: ignore[arg-type]
-    other = WorkerSpec(node_modules="a", env={"A": 1, "B": 2}, startup_timeout_s=30.0, comfyui_path="/c")  # type: ignore[dict-item]
+    written: dict[str, Any] = {"node_modules": ["a"], "env": {"B": "2", "A": "1"}, "startup_timeout_s": 30}
+    one = WorkerSpec(**written, comfyui_path="/c")
+    written = {"node_modules": "a", "env": {"A": 1, "B": 2}, "startup_timeout_s": 30.0}
+    other = WorkerSpec(**written, comfyui_path=Path("/c"))  # type: ignore[arg-type]
     assert one == other
     assert one.key == other.key
     assert {one: 1}[other] == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"engine": "graph"},
-        {"node_modules": ["b"]},
-        {"node_modules": ["a", "b"]},
-        {"env": {"A": "2"}},
-        {"python_path": ["/x"]},
-        {"python_executable": "/x"},
-        {"working_dir": "/x"},
-        {"comfyui_path": "/x"},
-        {"extra_args": ["--x"]},
-        {"max_workers": 2},
-        {"startup_timeout_s": 1},
-        {"idle_timeout_s": 1},
-        {"max_jobs_per_life": 1},
-    ],
-)
+CHANGES: list[dict[str, Any]] = [
+    {"engine": "graph"},
+    {"node_modules": ["b"]},
+    {"node_modules": ["a", "b"]},
+    {"env": {"A": "2"}},
+    {"python_path": ["/x"]},
+    {"python_executable": "/x"},
+    {"working_dir": "/x"},
+    {"comfyui_path": "/x"},
+    {"extra_args": ["--x"]},
+    {"max_workers": 2},
+    {"startup_timeout_s": 1},
+    {"idle_timeout_s": 1},
+    {"max_jobs_per_life": 1},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
 def test_specs_that_differ_have_other_keys(change: dict[str, Any]) -> None:
     spec = WorkerSpec(node_modules=["a"], env={"A": "1"})
     assert WorkerSpec(**{**spec.model_dump(), **change}).key != spec.key
@@ -222,8 +222,7 @@ def test_specs_that_differ_have_other_keys(change: dict[str, Any]) -> None:
 
 
 def test_every_field_of_a_spec_is_in_its_key() -> None:
-    marks = test_specs_that_differ_have_other_keys.pytestmark  # type: ignore[attr-defined]
-    assert {name for change in marks[0].args[1] for name in change} == set(WorkerSpec.model_fields)
+    assert {name for change in CHANGES for name in change} == set(WorkerSpec.model_fields)
 
 
 @given(

@@ -47,7 +47,7 @@ FULL: dict[type[LegionError], dict[str, Any]] = {
 COPIERS: list[Callable[[Any], Any]] = [
     copy.copy,
     copy.deepcopy,
-    *(lambda error, n=n: pickle.loads(pickle.dumps(error, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)),  # type: ignore[misc]
+    *(lambda error, n=n: pickle.loads(pickle.dumps(error, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)),
 ]
 
 

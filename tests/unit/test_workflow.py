@@ -273,12 +273,12 @@ def test_what_is_accepted_can_be_put_in_an_order(graph: dict[str, dict[str, Any]
         refused(flow)
 
 
+KEYS = st.sampled_from(["1", "class_type", "inputs", "prompt", "nodes", "links", "_meta"])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.binary(max_size=2),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["1", "class_type", "inputs", "prompt", "nodes", "links", "_meta"]), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -287,8 +287,7 @@ def test_anything_at_all_is_either_a_workflow_or_invalid(source: Any) -> None:
     for given_as in (source, {"1": source}, {"1": {"class_type": "X", "inputs": source}}):
         try:
             flow = load_workflow(given_as)
-        except InvalidWorkflow as error:
-            assert error.problems
+        except InvalidWorkflow:
             continue
         data, _ = pack_workflow(flow)
         assert pack_workflow(json.loads(data.decode("utf-8", "surrogatepass")))[0] == data
