@@ -12,7 +12,10 @@ import logging
 import sys
 from pathlib import Path
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
+
+WEB_DIRECTORY = "./web"
+"""Where ComfyUI finds the nodes' help pages, relative to this file."""
 
 
 def _load_from_checkout(root: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from legion_shm.errors import ConfigError
 
@@ -118,7 +118,7 @@ class WorkerSpec(_Settings):
 
     engine: Literal["auto", "graph", "comfy"] = "auto"
     node_modules: Sequence[str] = ()
-    env: Mapping[str, str] = Field(default_factory=dict[str, str])
+    env: Mapping[str, str] = Field(default_factory=dict[str, str], repr=False)  # may hold secrets
     python_path: Sequence[str] = ()
     python_executable: str | None = None
     working_dir: str | None = None
@@ -192,7 +192,7 @@ class SupervisorSettings(_Settings):
     max_workers: int = Field(default=16, ge=1, le=1024)
     """Live workers of all specs together."""
     max_queue: int = Field(default=10_000, ge=1)
-    """Jobs that wait for a worker; one more raises QueueFull."""
+    """Jobs that have been accepted and have not ended; one more raises QueueFull."""
     arena_quota_bytes: int = Field(default=8 << 30, ge=1 << 16)
     """Shared memory that one process's arena may grow to."""
     arena_wait_s: Seconds = 30.0
@@ -231,6 +231,14 @@ class SupervisorSettings(_Settings):
     """Kind of shared memory: anonymous memfd, or named segments where there is none."""
     runtime_dir: str | None = None
     """Folder for sockets; by default in XDG_RUNTIME_DIR, else in the temporary folder."""
+
+    @field_validator("heartbeat_timeout_s")
+    @classmethod
+    def _time_for_two_beats(cls, value: float, info: ValidationInfo) -> float:
+        interval_s = info.data.get("heartbeat_interval_s", 0.0)
+        if value < 2 * interval_s:
+            raise ValueError(f"must be at least twice heartbeat_interval_s = {interval_s:g}")
+        return value
 
     @field_validator("runtime_dir", mode="before")
     @classmethod

@@ -39,9 +39,11 @@ from legion_shm.errors import (
 from legion_shm.supervisor import death_pipe
 from legion_shm.supervisor.engine import Engine, JobRequest, NodeStatus
 from legion_shm.supervisor.spawn import HostConfig
+from legion_shm.supervisor.worker_io import begun_mark
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
 from legion_shm.transport.messages import (
+    HANDLES_MAX,
     Cancel,
     Free,
     Heartbeat,
@@ -62,6 +64,7 @@ from legion_shm.transport.messages import (
     Stop,
     decode_message,
     encode_message,
+    in_batches,
 )
 from legion_shm.workflow import Workflow
 
@@ -191,6 +194,8 @@ class _Host:
 
     def _run(self, message: RunJob) -> None:
         self._control.busy_job = message.job
+        with contextlib.suppress(BlockingIOError):  # unread for thousands of jobs
+            os.write(self._config.begun_fd, f"{begun_mark(message.job, message.attempt)}\n".encode())
         try:
             reply = self._execute(message)
         finally:
@@ -236,7 +241,7 @@ class _Host:
                 message.job,
                 message.attempt,
                 values,
-                self._memory.drain_released(),
+                self._memory.drain_released(HANDLES_MAX),
                 received_us,
                 decoded_us,
                 executed_us,
@@ -447,7 +452,8 @@ class _Control(threading.Thread):
                     self._take(decode_message(frame, max_bytes=config.max_message_bytes))
                 released = self._memory.drain_released()
                 if released:
-                    send(Released(released))
+                    for some in in_batches(released):
+                        send(Released(some))
                 self._flush(send)
             self._flush(send)
         finally:

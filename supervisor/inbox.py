@@ -187,6 +187,7 @@ class Inbox:
     def _running(self, worker: WorkerIO, job: str, attempt: int) -> Submission | None:
         """The submission that this worker runs in this attempt; anything else is late and counted."""
         record = self._machine.jobs.get(job)
+        worker.has_begun(job, attempt)  # reads what it wrote, so that its pipe never fills up
         if record is None or record.worker != worker.id or record.attempt != attempt:
             self.ignored += 1
             return None

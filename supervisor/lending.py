@@ -31,6 +31,7 @@ from legion_shm.transport.messages import (
     SegmentGranted,
     SegmentRefused,
     SegmentsDropped,
+    in_batches,
 )
 from legion_shm.transport.values import PackedValues
 
@@ -97,7 +98,11 @@ class Lending:
         for handle, _ in packed.handles():
             self.table.lease(handle, worker.id)
             self._introduce(worker, handle)
-        return tuple(self.table.drain_freed(worker.arena).get(worker.arena, ()))
+        freed = self.table.drain_freed(worker.arena).get(worker.arena, ())
+        first, *others = in_batches(freed) if freed else ((),)
+        for some in others:
+            self._processes.send(worker, BlocksFreed(some))
+        return first
 
     def not_lent(self, worker: WorkerIO, packed: PackedValues) -> None:
         """The message of these values was not sent after all."""
@@ -265,7 +270,8 @@ class Lending:
             for arena, handles in self.table.drain_freed().items():
                 owner = self._processes.get(self._owners.get(arena, ""))
                 if owner is not None:
-                    self._processes.send(owner, BlocksFreed(tuple(handles)))
+                    for some in in_batches(handles):
+                        self._processes.send(owner, BlocksFreed(some))
         for arena in self.table.drain_empty():
             self._tell_dropped(arena, memory.drop(arena))
         if self._idle_since_s is not None and now >= self._idle_since_s + self._settings.idle_trim_s:

@@ -369,12 +369,15 @@ class Loop:
 
     def _worker_gone(self, worker: WorkerIO, exit_code: int | None, now: float) -> None:
         self._inbox.output(worker, now)
+        record = self._machine.workers.get(worker.id)
+        job = self._machine.jobs.get(record.job) if record is not None and record.job is not None else None
+        begun = job is not None and worker.has_begun(job.id, job.attempt)
         self._processes.remove(worker)
         self._lending.worker_gone(worker)
         cause = describe_exit(exit_code)
         if worker.violation:
             cause = f"broke the protocol ({worker.violation}) and was ended"
-        self._handle(WorkerExited(worker.id, exit_code, cause, tuple(worker.tail)), now)
+        self._handle(WorkerExited(worker.id, exit_code, cause, tuple(worker.tail), begun), now)
 
     def _worker_infos(self) -> tuple[WorkerInfo, ...]:
         host = socket.gethostname()

@@ -7,7 +7,8 @@ The rules, each held by tests/supervisor/test_machine.py:
 
 1. Each accepted job is resolved exactly once: done, failed, cancelled or lost.
 2. A worker runs one job at a time; a reply that does not match its running attempt is counted, ignored.
-3. A job whose worker dies is lost, unless it asked for retries; three deaths poison it all the same.
+3. A job whose worker dies is lost, unless it asked for retries, or the worker had not begun it yet; three
+   deaths poison it all the same.
 4. Workers that die without a job count against the restart budget, with a doubling backoff; a
    completed job renews it. A pool over its budget is given up for a while and says so to its jobs.
 5. A start that failed with a reason (a broken node module) fails the waiting jobs with that reason at
@@ -303,9 +304,11 @@ class Machine:
             self._resolve(job, _ended_state(job.end_error), job.end_error)
             return
         job.deaths += 1
+        job.not_begun += not event.begun
         reason = _cause(worker, event)
         text = f"job {job.id}: worker {worker.id} was lost in attempt {job.attempt}: {reason}"
-        if job.attempt <= job.retries and job.deaths < POISON_DEATHS:
+        asked = job.attempt - job.not_begun <= job.retries
+        if (asked or not event.begun) and job.deaths < POISON_DEATHS:
             job.to("queued")
             job.worker = None
             self.pools[job.pool].queue.appendleft(job.id)

@@ -18,6 +18,7 @@ Three things differ from plain spawn (and are why a subclass is needed, rather t
     death pipe write end ──────────────────▶ read end: SIGKILL to the group when the parent is gone
     stdout, stderr read ends ◀────────────── descriptors 1 and 2, from exec on
     descriptor socket ─────────────────────▶ memfd segments
+    begun pipe read end ◀─────────────────── the jobs that it has begun, whatever becomes of its messages
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class HostConfig:
     parent_path: tuple[str, ...]
     death_fd: int = -1
     descriptor_fd: int = -1
+    begun_fd: int = -1
 
 
 class _LegionPopen(SpawnPopen):
@@ -204,6 +206,7 @@ class SpawnedWorker:
     stdout: int
     stderr: int
     death_fd: int
+    begun: int
     descriptors: socket.socket | None
 
     def exit_code(self) -> int | None:
@@ -219,7 +222,7 @@ class SpawnedWorker:
         """Free everything of the parent's side; the process must have ended. Kills what it left behind."""
         self.signal_group(signal.SIGKILL)
         forget_after_fork(self.death_fd)
-        for fd in (self.exit_fd, self.stdout, self.stderr, self.death_fd):
+        for fd in (self.exit_fd, self.stdout, self.stderr, self.death_fd, self.begun):
             if fd >= 0:
                 _close_once(fd)
         if self.descriptors is not None:
@@ -310,6 +313,7 @@ def spawn_worker(
         out_r, out_w = _pipe(resources, childs)
         err_r, err_w = _pipe(resources, childs)
         death_r, death_w = _pipe(childs, resources)
+        begun_r, begun_w = _pipe(resources, childs)
         ours, theirs = _descriptor_sockets() if config.segments == "memfd" else (None, None)
         for end, owner in ((ours, resources), (theirs, childs)):
             if end is not None:
@@ -320,6 +324,8 @@ def spawn_worker(
         resources.callback(forget_after_fork, death_w)
         os.set_blocking(out_r, False)
         os.set_blocking(err_r, False)
+        os.set_blocking(begun_r, False)
+        os.set_blocking(begun_w, False)
         launch = _Launch(
             executable=executable,
             flags=tuple(subprocess._args_from_interpreter_flags()) if same else (),  # type: ignore[attr-defined]
@@ -328,13 +334,13 @@ def spawn_worker(
             working_dir=working_dir or current_dir(),
             stdout=out_w,
             stderr=err_w,
-            pass_fds=tuple(fd for fd in (death_r, descriptor_fd) if fd >= 0),
+            pass_fds=tuple(fd for fd in (death_r, begun_w, descriptor_fd) if fd >= 0),
         )
-        config = replace(config, death_fd=death_r, descriptor_fd=descriptor_fd)
+        config = replace(config, death_fd=death_r, descriptor_fd=descriptor_fd, begun_fd=begun_w)
         process = WorkerProcess(config, launch)
         process.start()
         pid = process.pid or 0
-        worker = SpawnedWorker(process, pid, _exit_fd(process), out_r, err_r, death_w, ours)
+        worker = SpawnedWorker(process, pid, _exit_fd(process), out_r, err_r, death_w, begun_r, ours)
     except (OSError, AssertionError, ValueError, subprocess.SubprocessError) as error:
         resources.close()
         raise StartupError(

@@ -59,7 +59,10 @@ class IllegalTransition(AssertionError):
 
 @dataclass
 class JobRecord:
-    """A job that has not ended. ``end_error`` is what an ``ending`` job will end with."""
+    """A job that has not ended. ``end_error`` is what an ``ending`` job will end with.
+
+    ``not_begun`` counts the attempts whose workers died before they looked at the job.
+    """
 
     id: str
     pool: str
@@ -69,6 +72,7 @@ class JobRecord:
     state: JobState = "queued"
     attempt: int = 0
     deaths: int = 0
+    not_begun: int = 0
     worker: str | None = None
     end_error: LegionError | None = None
 

@@ -111,12 +111,16 @@ class JobReplied:
 
 @dataclass(frozen=True)
 class WorkerExited:
-    """The process is gone. ``cause`` says how, in words; ``exit_code`` as in subprocess."""
+    """The process is gone. ``cause`` says how, in words; ``exit_code`` as in subprocess.
+
+    ``begun``: it had begun the job that it was given; False when the job was still on its way.
+    """
 
     worker: str
     exit_code: int | None
     cause: str
     log_tail: tuple[str, ...]
+    begun: bool = True
 
 
 @dataclass(frozen=True)

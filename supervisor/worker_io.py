@@ -17,7 +17,7 @@ from legion_shm.ids import new_arena_id, new_token
 from legion_shm.supervisor.spawn import SpawnedWorker
 from legion_shm.transport.channel import Endpoint
 
-__all__ = ["LineReader", "WorkerIO", "describe_exit"]
+__all__ = ["LineReader", "WorkerIO", "begun_mark", "describe_exit"]
 
 Stream = Literal["stdout", "stderr"]
 
@@ -85,6 +85,8 @@ class WorkerIO:
     kill_wanted: bool = False
     gone_at_s: float | None = None
     violation: str = ""
+    _begun: LineReader | None = None
+    _last_begun: str = ""
 
     def __post_init__(self) -> None:
         self.tail = deque(maxlen=self.log_lines)
@@ -103,10 +105,19 @@ class WorkerIO:
 
     def adopt(self, spawned: SpawnedWorker) -> None:
         self.spawned = spawned
+        self._begun = LineReader(spawned.begun)
         self.readers = {
             spawned.stdout: ("stdout", LineReader(spawned.stdout)),
             spawned.stderr: ("stderr", LineReader(spawned.stderr)),
         }
+
+    def has_begun(self, job: str, attempt: int) -> bool:
+        """Whether it began this attempt of a job; what it wrote of that outlives it."""
+        if self._begun is not None:
+            lines = self._begun.read()
+            if lines:
+                self._last_begun = lines[-1]
+        return self._last_begun == begun_mark(job, attempt)
 
     def signal(self, name: Literal["SIGTERM", "SIGKILL"]) -> None:
         if self.spawned is None:
@@ -122,6 +133,11 @@ class WorkerIO:
                 self.tail.append(line)
                 lines.append((stream, line))
         return lines
+
+
+def begun_mark(job: str, attempt: int) -> str:
+    """The line that a worker writes when it begins a job."""
+    return f"{job} {attempt}"
 
 
 def describe_exit(exit_code: int | None) -> str:

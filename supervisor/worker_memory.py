@@ -150,9 +150,11 @@ class WorkerMemory:
         if handles and not self._arena.stats().blocks:
             self._idle_since_s = monotonic_s()
 
-    def drain_released(self) -> tuple[BlockHandle, ...]:
-        released = self._attachments.drain_released()
-        while self._returned:
+    def drain_released(self, most: int | None = None) -> tuple[BlockHandle, ...]:
+        """Deliveries that have ended; at most so many, with the others left for the next call."""
+        self._returned.extend(self._attachments.drain_released())
+        released: list[BlockHandle] = []
+        while self._returned and len(released) != most:
             try:
                 released.append(self._returned.popleft())
             except IndexError:  # the other thread was faster

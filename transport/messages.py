@@ -14,7 +14,7 @@ ended leases, log records), so that these go on while a node runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast, get_type_hints
 
@@ -54,6 +54,7 @@ __all__ = [
     "ValueNote",
     "decode_message",
     "encode_message",
+    "in_batches",
 ]
 
 PROTOCOL_VERSION = 1
@@ -315,6 +316,16 @@ class ResultAccepted(Message):
 
     code = 40
     job: str
+
+
+HANDLES_MAX = 10_000
+"""Handles that one message gives back; whoever has more sends more messages."""
+
+
+def in_batches(handles: Sequence[BlockHandle]) -> Iterator[Handles]:
+    """The same handles in tuples that fit into a message each; none for none."""
+    for start in range(0, len(handles), HANDLES_MAX):
+        yield tuple(handles[start : start + HANDLES_MAX])
 
 
 _Check = Callable[[object], object]

@@ -861,3 +861,28 @@ def test_every_way_a_job_can_go_ends_in_one_of_four_states() -> None:
 def test_every_worker_can_be_seen_dead() -> None:
     assert all("dead" in following for state, following in WORKER_TABLE.items() if state != "dead")
     assert WORKER_TABLE["dead"] == frozenset()
+
+
+def test_a_job_that_its_worker_had_not_begun_is_given_to_another_unasked() -> None:
+    legion = Driver()
+    legion.pool()
+    legion.submit("j")
+    legion.ready("w1")
+    actions = legion.do(WorkerExited("w1", -9, "was killed by SIGKILL", (), begun=False))
+    assert actions == [RetryNoted("j", 1, "was killed by SIGKILL"), SpawnWorker("w2", "p")]
+    assert legion.ready("w2") == [SendJob("w2", "j", 2)]
+    assert isinstance(legion.dies("w2")[0], ResolveJob), "it had begun, and asked for no retries"
+
+
+def test_a_job_that_no_worker_lives_to_begin_is_poisoned_all_the_same() -> None:
+    legion = Driver()
+    legion.pool()
+    legion.submit("j")
+    for number in (1, 2):
+        legion.ready(f"w{number}")
+        legion.do(WorkerExited(f"w{number}", -9, "was killed by SIGKILL", (), begun=False))
+    legion.ready("w3")
+    actions = legion.do(WorkerExited("w3", -9, "was killed by SIGKILL", (), begun=False))
+    assert isinstance(actions[0], ResolveJob)
+    assert actions[0].state == "lost"
+    assert "has cost 3 workers" in str(actions[0].error)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from legion_shm.config import WorkerSpec
 from legion_shm.supervisor.spawn import SpawnedWorker
-from legion_shm.supervisor.worker_io import LineReader, WorkerIO, describe_exit
+from legion_shm.supervisor.worker_io import LineReader, WorkerIO, begun_mark, describe_exit
 
 
 class Pipe:
@@ -130,6 +130,7 @@ def test_however_the_bytes_are_cut_the_lines_are_the_same(lines: list[str]) -> N
 class FakeSpawned:
     stdout: int
     stderr: int
+    begun: int = -1
     signals: list[int] = field(default_factory=list[int])
 
     def signal_group(self, number: int) -> None:
@@ -189,3 +190,18 @@ def test_a_signal_goes_to_the_group_and_is_kept_for_a_worker_that_is_not_there_y
 )
 def test_an_end_is_told_in_words(code: Any, text: str) -> None:
     assert describe_exit(code) == text
+
+
+def test_what_a_worker_began_is_known_after_its_end() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    item = worker()
+    item.adopt(FakeSpawned(-1, -1, reader))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    assert not item.has_begun("j-1", 1)
+    os.write(writer, f"{begun_mark('j-0', 1)}\n{begun_mark('j-1', 1)}\n".encode())
+    os.close(writer)
+    assert item.has_begun("j-1", 1)
+    assert item.has_begun("j-1", 1), "asking does not forget"
+    assert not item.has_begun("j-1", 2)
+    assert not item.has_begun("j-0", 1)
+    os.close(reader)

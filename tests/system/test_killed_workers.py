@@ -158,3 +158,13 @@ def test_what_a_worker_started_ends_with_it(legion: Supervisor) -> None:
     again = run(legion, "TestGrandchild", on=shared)
     legion.stop_workers(shared)
     wait_for(lambda: gone(again), "a polite end ends it too")
+
+
+def test_a_job_sent_to_a_worker_that_was_just_killed_runs_in_another(legion: Supervisor) -> None:
+    own = spec(env={"NAME": "just-killed"})
+    legion.submit(flow("TestAdd"), inputs=[torch.ones(1)], spec=own).result(timeout=60)
+    for number in range(3):
+        victim = next(info for info in legion.workers() if info.spec_key == own.key)
+        os.kill(pid_of(victim), signal.SIGKILL)
+        job = legion.submit(flow("TestAdd"), inputs=[torch.full((1,), float(number))], spec=own)
+        assert float(job.result(timeout=60)["output_1"]) == number + 1.0

@@ -30,6 +30,7 @@ from legion_shm.transport.messages import (
     Stop,
     decode_message,
     encode_message,
+    in_batches,
 )
 
 LIMIT = 1 << 20
@@ -361,3 +362,11 @@ def test_no_two_messages_look_alike_on_the_wire(message: Message) -> None:
     wire = row(message)
     assert wire[:2] == [PROTOCOL_VERSION, message.code]
     assert len(wire) == 2 + len(fields(message))
+
+
+def test_many_handles_go_in_several_messages() -> None:
+    handles = [BlockHandle(1, 1, 0, 1, generation) for generation in range(25_000)]
+    batches = list(in_batches(handles))
+    assert [len(batch) for batch in batches] == [10_000, 10_000, 5_000]
+    assert [handle for batch in batches for handle in batch] == handles
+    assert list(in_batches([])) == []

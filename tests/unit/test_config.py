@@ -299,3 +299,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     error = refused(lambda: WorkerSpec.from_yaml(tmp_path / "none.yaml"))
     assert "cannot read the settings file" in str(error)
     assert "none.yaml" in str(error)
+
+
+def test_a_heartbeat_time_out_leaves_time_for_two_beats() -> None:
+    with pytest.raises(ConfigError, match="at least twice heartbeat_interval_s = 5") as caught:
+        SupervisorSettings(heartbeat_interval_s=5.0, heartbeat_timeout_s=9.0)
+    assert caught.value.key == "heartbeat_timeout_s"
+
+
+def test_values_of_the_environment_do_not_show_in_a_spec() -> None:
+    assert "secret" not in repr(WorkerSpec(env={"TOKEN": "secret"}))
