@@ -307,8 +307,7 @@ class Machine:
         job.not_begun += not event.begun
         reason = _cause(worker, event)
         text = f"job {job.id}: worker {worker.id} was lost in attempt {job.attempt}: {reason}"
-        asked = job.attempt - job.not_begun <= job.retries
-        if (asked or not event.begun) and job.deaths < POISON_DEATHS:
+        if job.attempt - job.not_begun <= job.retries and job.deaths < POISON_DEATHS:
             job.to("queued")
             job.worker = None
             self.pools[job.pool].queue.appendleft(job.id)
