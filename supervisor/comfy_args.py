@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import importlib.util
 import io
+import logging
 import os
 import platform
 import runpy
@@ -22,6 +23,8 @@ from typing import Any
 from legion_shm.errors import ConfigError
 
 __all__ = ["GivenArguments", "accelerator_found", "headless_arguments", "read_arguments"]
+
+_log = logging.getLogger(__name__)
 
 _KEY = "extra_args"
 _REFUSED = ("quick_test_for_ci", "list_feature_flags")
@@ -58,6 +61,20 @@ class GivenArguments:
             return False
         return True
 
+    def without_rivals(self, option: str) -> GivenArguments:
+        """The same without the flags that can't stand beside ``option``, which the log names."""
+        groups = self._parser._mutually_exclusive_groups
+        rivals = {
+            name
+            for group in groups
+            if any(option in action.option_strings for action in group._group_actions)
+            for action in group._group_actions
+            for name in action.option_strings
+        } - {option}
+        dropped = [word for word in self.arguments if word in rivals]
+        _log.warning("there is no GPU here, so ComfyUI starts with %s, without %s", option, " ".join(dropped))
+        return GivenArguments(self._parser, [word for word in self.arguments if word not in rivals])
+
 
 def read_arguments(arguments: Sequence[str]) -> GivenArguments:
     """The user's arguments, read by the parser of the ComfyUI that is first on ``sys.path``.
@@ -82,6 +99,8 @@ def read_arguments(arguments: Sequence[str]) -> GivenArguments:
 
 def headless_arguments(given: GivenArguments, *, temp: Path, accelerator: bool) -> list[str]:
     """The whole command line. ``temp`` is this worker's own folder: ComfyUI empties its temp at its start."""
+    if not accelerator and not given.accepts("--cpu"):
+        given = given.without_rivals("--cpu")
     front_end = temp / "frontend"
     front_end.mkdir(exist_ok=True)
     added: list[tuple[str, ...]] = [
