@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ def check(before: Snapshot) -> None:
     if snapshot().left_since(before):
         gc.collect()  # what only a reference cycle keeps is no leak
         assert_nothing_left(before, within_s=5)
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Shells start background jobs so, and children inherit it: then no program would end at Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
