@@ -24,7 +24,7 @@ image = torch.rand(1, 512, 768, 3)  # IMAGE: [batch, height, width, channels], 0
 with Supervisor() as legion:
     job = legion.submit(workflow, inputs=[image], spec=WorkerSpec(engine="graph"))
     for event in job.events():
-        print(event.kind, getattr(event, "class_type", ""))
+        print(event.kind, getattr(event, "class_type", ""), getattr(event, "status", ""))
     result = job.result(timeout=60)
 
 small = result["output_1"]

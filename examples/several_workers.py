@@ -35,6 +35,7 @@ async def main() -> None:
     # Each worker computes on one thread; two of them share the jobs.
     spec = WorkerSpec(engine="graph", max_workers=2, env={"OMP_NUM_THREADS": "1"})
     with Supervisor() as legion:
+        legion.warm_up(spec, workers=2)
         jobs = [
             await legion.asubmit(
                 WORKFLOW, inputs={"image": torch.rand(1, 256, 256, 3), "radius": radius}, spec=spec

@@ -3,7 +3,7 @@
     python examples/web_service.py --port 8080
     curl --data-binary @photo.png http://127.0.0.1:8080/invert > inverted.png
 
-Needs ``pip install legion-shm[web]``. The supervisor lives as long as the service does.
+Needs aiohttp: ``pip install -e ".[web]"``. The supervisor lives as long as the service does.
 """
 
 from __future__ import annotations

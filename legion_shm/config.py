@@ -12,14 +12,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from legion_shm.errors import ConfigError
 
-__all__ = ["JobOptions", "SupervisorSettings", "WorkerSpec", "load_yaml"]
+__all__ = ["JobKeywords", "JobOptions", "SupervisorSettings", "WorkerSpec", "load_yaml"]
 
 _Model = TypeVar("_Model", bound="_Settings")
 
@@ -244,6 +244,15 @@ class SupervisorSettings(_Settings):
     @classmethod
     def _plain_path(cls, value: object) -> object:
         return _path_text(value)
+
+
+class JobKeywords(TypedDict, total=False):
+    """The keywords of ``Supervisor.submit``, for type checkers; `JobOptions` checks them."""
+
+    spec: WorkerSpec | None
+    deadline_s: float | None
+    retries: int
+    allow_cpu: bool
 
 
 class JobOptions(_Settings):

@@ -78,7 +78,7 @@ class Report:
 def examine(
     *, comfyui: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
 ) -> Report:
-    """Ask every question; with ``check`` also send a tensor through a worker of the graph engine.
+    """Ask every question; with ``check`` also send a tensor through a worker of each engine that is here.
 
     Raises ConfigError where ``comfyui`` is given and is no ComfyUI.
     """
@@ -95,7 +95,9 @@ def examine(
     _comfyui(report, location, env)
     _used(report, segments, channel, location)
     if check and report.usable:
-        _round_trip(report)
+        _round_trip(report, "graph", None, "problem")
+        if location is not None:
+            _round_trip(report, "comfy", str(location.path), "note")
     return report
 
 
@@ -127,7 +129,7 @@ def _versions(report: Report) -> None:
             report.add("Software", name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             report.add("Software", name, "not installed; run `pip install legion-shm` again", "problem")
-    with _problem_in(report, "Software", "libzmq"):
+    with _trouble_in(report, "Software", "libzmq", "problem"):
         importlib.import_module("legion_shm.transport.channel")  # the one module that may import zmq
         zmq = cast("Any", sys.modules["zmq"])
         report.add("Software", "libzmq", str(zmq.zmq_version()))
@@ -250,7 +252,7 @@ def _segment_kinds(report: Report) -> str | None:
 
 
 def _channel_kinds(report: Report) -> str | None:
-    with _problem_in(report, "ZeroMQ", "transports"):
+    with _trouble_in(report, "ZeroMQ", "transports", "problem"):
         from legion_shm.transport.channel import channel_kinds
 
         return _kinds(report, "ZeroMQ", "transport", channel_kinds())
@@ -282,7 +284,7 @@ def _runtime_dir(report: Report) -> None:
 
 def _devices(report: Report) -> None:
     section = "Devices"
-    with _problem_in(report, section, "torch"):
+    with _trouble_in(report, section, "torch", "problem"):
         import torch as torch_module
 
         torch = cast("Any", torch_module)
@@ -322,10 +324,10 @@ def _used(report: Report, segments: str | None, channel: str | None, location: C
     report.add(section, "start of workers", "spawn, each in a process group of its own")
 
 
-def _round_trip(report: Report) -> None:
-    """A tensor goes through a worker and must come back equal."""
-    section, name = "Check", "a 1 MiB tensor through a worker"
-    with _problem_in(report, section, name):
+def _round_trip(report: Report, engine: Literal["graph", "comfy"], path: str | None, level: Level) -> None:
+    """A tensor goes through a worker and must come back equal; ``level`` is how bad it is if not."""
+    section, name = "Check", f"a 1 MiB tensor through a worker, engine={engine}"
+    with _trouble_in(report, section, name, level):
         import torch as torch_module
 
         from legion_shm.config import WorkerSpec
@@ -337,7 +339,7 @@ def _round_trip(report: Report) -> None:
             "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
         }
         sent = torch.rand(_CHECK_SHAPE)
-        spec = WorkerSpec(engine="graph", startup_timeout_s=_CHECK_TIMEOUT_S)
+        spec = WorkerSpec(engine=engine, comfyui_path=path, startup_timeout_s=_CHECK_TIMEOUT_S)
         started_s = monotonic_s()
         with Supervisor() as legion:
             first = legion.submit(workflow, inputs=[sent], spec=spec).result(timeout=_CHECK_TIMEOUT_S)
@@ -351,7 +353,7 @@ def _round_trip(report: Report) -> None:
             if transfer.payload_bytes
         }
         if not returned:
-            report.add(section, name, "it came back changed", "problem")
+            report.add(section, name, "it came back changed", level)
             return
         report.add(
             section,
@@ -367,12 +369,12 @@ def _round_trip(report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _problem_in(report: Report, section: str, name: str) -> Any:
+def _trouble_in(report: Report, section: str, name: str, level: Level) -> Any:
     """Whatever goes wrong inside is an answer too, and not the doctor's end."""
     try:
         yield
     except Exception as error:  # a broken install fails in any way
-        report.add(section, name, f"{type(error).__name__}: {error}", "problem")
+        report.add(section, name, f"{type(error).__name__}: {error}", level)
 
 
 def _size(nbytes: int) -> str:

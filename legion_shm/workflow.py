@@ -125,11 +125,15 @@ def _checked(raw: object, where: str) -> Workflow:
     if not nodes:
         raise InvalidWorkflow(f"{where} has no nodes")
     workflow: Workflow = {}
+    numbered = False
     for key, value in nodes.items():
         node_id = str(key)
         if node_id in workflow:
             raise InvalidWorkflow(f"{where}: node id {node_id!r} is there twice", node_id=node_id)
         workflow[node_id] = _node(node_id, value)
+        numbered = numbered or isinstance(key, int)
+    if numbered:
+        _links_to_text(workflow)
     _check_links(workflow)
     _check_cycles(workflow)
     return workflow
@@ -198,6 +202,15 @@ def _json_copy(value: object, depth: int) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_copy(item, depth + 1) for item in cast("Sequence[object]", value)]
     raise _NotJson(f"a {type(value).__name__} is not a JSON value")
+
+
+def _links_to_text(workflow: Workflow) -> None:
+    """Where a dict has numbers for node ids, its links have too; JSON knows only text."""
+    for node in workflow.values():
+        for value in node["inputs"].values():
+            link = cast("list[object]", value) if isinstance(value, list) else []
+            if len(link) == 2 and type(link[0]) is type(link[1]) is int and str(link[0]) in workflow:
+                link[0] = str(link[0])
 
 
 def _check_links(workflow: Workflow) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import logging
 import os
 import threading
 import warnings
@@ -18,7 +19,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from legion_shm.clock import monotonic_s
 from legion_shm.config import JobOptions, SupervisorSettings, WorkerSpec
@@ -29,6 +30,7 @@ from legion_shm.errors import (
     MessageTooLarge,
     QueueFull,
     SupervisorClosed,
+    UnsupportedValue,
 )
 from legion_shm.ids import new_job_id
 from legion_shm.supervisor.feed import JobFeed
@@ -46,8 +48,13 @@ from legion_shm.workflow import check_inputs, load_workflow, name_inputs, pack_w
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
+
+    from legion_shm.config import JobKeywords
 
 __all__ = ["Supervisor"]
+
+_log = logging.getLogger("legion_shm.supervisor")
 
 _SNAPSHOT_WAIT_S = 5.0
 _CLOSE_SLACK_S = 10.0
@@ -105,7 +112,7 @@ class Supervisor:
         workflow: Mapping[str, Any] | str | os.PathLike[str],
         *,
         inputs: Mapping[str, object] | Sequence[object] | None = None,
-        **options: Any,
+        **options: Unpack[JobKeywords],
     ) -> Job:
         """Hand in a job; the inputs may be changed as soon as this returns.
 
@@ -118,10 +125,13 @@ class Supervisor:
         """
         self._check_open()
         submitted_s = monotonic_s()
-        checked = JobOptions(**options)
+        checked = JobOptions(**cast("dict[str, Any]", options))
         prompt = load_workflow(workflow)
         values = name_inputs(inputs)
         unread = check_inputs(read_channels(prompt), values)
+        warnings = tuple(f"input {name!r} is read by no node of the workflow" for name in unread)
+        for text in warnings:
+            _log.warning("%s; inputs given: %s", text, ", ".join(values))
         spec = resolve_spec(checked.spec)
         pool = self._pool(spec)
         data, digest = pack_workflow(prompt)
@@ -149,7 +159,7 @@ class Supervisor:
             packed=packed,
             submitted_s=submitted_s,
             encoded_s=monotonic_s(),
-            warnings=tuple(f"input {name!r} is read by no node of the workflow" for name in unread),
+            warnings=warnings,
         )
         with self._lock:
             if self._closed:
@@ -164,7 +174,7 @@ class Supervisor:
         workflow: Mapping[str, Any] | str | os.PathLike[str],
         *,
         inputs: Mapping[str, object] | Sequence[object] | None = None,
-        **options: Any,
+        **options: Unpack[JobKeywords],
     ) -> Job:
         """`submit` for coroutines: reads, checks and copies in a thread, so the event loop never waits."""
         return await asyncio.to_thread(partial(self.submit, workflow, inputs=inputs, **options))
@@ -207,6 +217,8 @@ class Supervisor:
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor in shared memory, contiguous, on the CPU: copied once, submitted for free."""
+        if not hasattr(tensor, "untyped_storage"):
+            raise UnsupportedValue(f"share: a {type(tensor).__name__} is not a torch tensor", path="tensor")
         shared = self.empty(tuple(tensor.shape), tensor.dtype)
         shared.copy_(tensor.detach())
         return shared

@@ -96,6 +96,13 @@ def start_headless(root: Path, extra_args: Sequence[str]) -> HeadlessComfy:
         arguments = headless_arguments(given, temp=temp.path, accelerator=accelerator_found(os.environ))
         sys.argv = [str(root / "main.py"), *arguments]
         return _start(root, temp)
+    except ModuleNotFoundError as error:
+        temp.close()
+        raise StartupError(
+            f"the ComfyUI in {root} needs the module {error.name!r}, which {sys.executable} lacks: install "
+            f"{root / 'requirements.txt'} there, or run the worker with ComfyUI's own Python "
+            "(python_executable, legion --python) with legion_shm installed in it, or take engine='graph'"
+        ) from error
     except SystemExit as error:
         temp.close()
         raise StartupError(

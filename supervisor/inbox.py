@@ -144,7 +144,7 @@ class Inbox:
     def _start_failed(self, worker: WorkerIO, message: StartFailedNote, now: float) -> None:
         self.output(worker, now)
         told = message.error
-        if not told.startswith("ConfigError: "):  # that one's text says it all
+        if not told.startswith(("ConfigError: ", "StartupError: ")):  # these say it all
             told += f"\n{message.traceback.rstrip()}"
         error = StartupError(
             f"worker {worker.id} could not start: {told}",

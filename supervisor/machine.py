@@ -173,7 +173,7 @@ class Machine:
             )
             return
         if pool.given_up is not None and now < pool.given_up_until_s and not self._alive(pool):
-            self._resolve(job, "failed", copy.copy(pool.given_up))
+            self._resolve(job, "failed", self._remembered(pool.given_up, pool.given_up_until_s - now))
             return
         pool.queue.append(job.id)
         self._schedule(pool, now)
@@ -196,6 +196,7 @@ class Machine:
 
     def _warm_up_requested(self, event: WarmUpRequested, now: float) -> None:
         pool = self.pools[event.pool]
+        self._forgive(pool)
         pool.target = max(pool.target, min(event.workers, pool.max_workers))
         self._schedule(pool, now)
 
@@ -204,6 +205,7 @@ class Machine:
             if event.pool not in (None, pool.key):
                 continue
             pool.target = 0
+            self._forgive(pool)
             for worker in self._alive(pool):
                 worker.expected = True
                 if worker.state != "busy":
@@ -381,6 +383,21 @@ class Machine:
         if not self._alive(pool):
             self._fail_queue(pool, error)
 
+    def _forgive(self, pool: PoolRecord) -> None:
+        """Somebody who asks for workers, or ends them, has reason to think that they will start now."""
+        pool.given_up = None
+        pool.deaths = 0
+        pool.last_start_failure = ""
+        pool.same_start_failures = 0
+
+    def _remembered(self, error: StartupError, left_s: float) -> StartupError:
+        again = copy.copy(error)
+        note = f"this spec was given up, and is tried again in {left_s:.0f} s (restart_reset_s)"
+        again.args = (
+            f"{error}\nNo worker was started: {note}, or at once after stop_workers() or warm_up()",
+        )
+        return again
+
     def _fail_queue(self, pool: PoolRecord, error: StartupError) -> None:
         while pool.queue:
             self._resolve(self.jobs[pool.queue.popleft()], "failed", copy.copy(error))
@@ -391,7 +408,10 @@ class Machine:
         for job in list(self._timed.values()):
             if job.deadline_s is not None and now >= job.deadline_s and job.end_error is None:
                 where = "while it waited" if job.state == "queued" else "while it ran"
-                error = DeadlineExceeded(f"job {job.id}: its deadline passed {where}", job_id=job.id)
+                error = DeadlineExceeded(
+                    f"job {job.id}: its deadline_s = {job.deadline_s - job.submitted_s:.3g} passed {where}",
+                    job_id=job.id,
+                )
                 self._end_job(job, error, now)
         for worker in list(self.workers.values()):
             self._judge(worker, now)
@@ -554,8 +574,11 @@ def _exit_at_start(worker: str, event: WorkerExited) -> StartupError | None:
     """A process that ended by itself before it was ready would do so again; one that was killed may not."""
     if event.exit_code is None or event.exit_code < 0:
         return None
+    hint = ""
+    if any("ModuleNotFoundError" in line for line in event.log_tail):
+        hint = " (its python_executable needs legion_shm installed, with what it depends on)"
     return StartupError(
-        f"worker {worker} {event.cause} before it was ready{_quoted(event.log_tail)}",
+        f"worker {worker} {event.cause} before it was ready{hint}{_quoted(event.log_tail)}",
         worker_id=worker,
         exit_code=event.exit_code,
         log_tail=event.log_tail,

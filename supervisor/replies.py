@@ -37,8 +37,9 @@ def error_from(message: JobFailedReply | JobCancelledReply, worker: str) -> Legi
         return ArenaFull(message.message)
     if message.kind == "MessageTooLarge":
         return MessageTooLarge(message.message)
+    summary = "".join(f"\n  {line}" for line in message.inputs_summary.splitlines())
     return JobFailed(
-        message.message,
+        message.message + (f"\n  with the inputs{summary}" if summary else ""),
         job_id=message.job,
         node_id=message.node_id,
         class_type=message.class_type,

@@ -19,16 +19,30 @@ __all__ = ["resolve_spec"]
 
 
 def resolve_spec(spec: WorkerSpec) -> WorkerSpec:
-    """The spec with its engine decided: ``auto`` is comfy where a ComfyUI is found, else graph.
+    """The spec with its engine decided.
 
-    Raises ConfigError where ``comfy`` is asked for and none is found, and for a path that is not there.
+    ``auto`` is graph where ``node_modules`` are given, which only that engine loads; else comfy where a
+    ComfyUI is found, else graph. Raises ConfigError where ``comfy`` is asked for and none is found, for a
+    setting that the engine has no use for, and for a path that is not there.
     """
     _check_paths(spec)
     modules = tuple(_module_path(module) for module in spec.node_modules)
     if modules != tuple(spec.node_modules):
         spec = spec.model_copy(update={"node_modules": modules})
-    if spec.engine == "graph":
-        return spec
+    if spec.engine == "graph" or (spec.engine == "auto" and modules):
+        if spec.comfyui_path is not None:
+            raise ConfigError(
+                "comfyui_path: this spec runs the graph engine (engine='graph' or node_modules), which "
+                "needs none",
+                key="comfyui_path",
+            )
+        return spec.model_copy(update={"engine": "graph"})
+    if modules:
+        raise ConfigError(
+            "node_modules: the comfy engine does not load them; put node packs into ComfyUI's custom_nodes, "
+            "or take engine='graph'",
+            key="node_modules",
+        )
     found = find_comfyui(spec.comfyui_path, environment_with(spec.env))
     if found is None:
         if spec.engine == "comfy":

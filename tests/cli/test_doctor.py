@@ -47,7 +47,9 @@ def test_a_sound_machine_passes_and_a_tensor_makes_the_round_trip(capsys: pytest
     assert document["problems"] == []
     told = {fact["name"]: fact["value"] for fact in document["facts"]}
     assert told["legion-shm"] == __version__
-    assert told["a 1 MiB tensor through a worker"].startswith("came back whole; copies: 1 on the way there")
+    assert told["a 1 MiB tensor through a worker, engine=graph"].startswith(
+        "came back whole; copies: 1 on the way there"
+    )
     assert told["engine for engine=auto"] == "graph"
     assert "no ComfyUI was found" in told["found"]
     for name in (
@@ -115,7 +117,7 @@ def test_a_machine_without_memfd_uses_portable_segments_and_passes(monkeypatch: 
     assert levels(report)["memfd"] == levels(report)["seals"] == "note"
     assert "Function not implemented" in facts(report)["memfd"]
     assert facts(report)["shared memory"] == "portable"
-    assert facts(report)["a 1 MiB tensor through a worker"].startswith("came back whole")
+    assert facts(report)["a 1 MiB tensor through a worker, engine=graph"].startswith("came back whole")
 
 
 def test_a_worker_that_cannot_start_is_a_problem_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,9 +396,18 @@ def test_a_given_up_pool_is_tried_again_after_a_while(legion: Driver) -> None:
     assert legion.ready("w4") == [SendJob("w4", "late", 1)]
 
 
-def test_a_warm_up_does_not_start_workers_of_a_given_up_pool(legion: Driver) -> None:
+def test_a_warm_up_or_a_stop_makes_a_given_up_pool_try_again(legion: Driver) -> None:
     given_up(legion)
-    assert legion.do(WarmUpRequested("p", 1)) == []
+    (refused,) = legion.submit("early")
+    assert isinstance(refused, ResolveJob)
+    assert "No worker was started: this spec was given up, and is tried again in 60 s" in str(refused.error)
+    assert isinstance(legion.do(WarmUpRequested("p", 1))[0], SpawnWorker)
+
+
+def test_a_stop_makes_a_given_up_pool_try_again_too(legion: Driver) -> None:
+    given_up(legion)
+    assert legion.do(StopRequested("p")) == []
+    assert isinstance(legion.submit("later")[0], SpawnWorker)
 
 
 def test_a_completed_job_renews_the_budget(legion: Driver) -> None:

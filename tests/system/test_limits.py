@@ -120,7 +120,7 @@ def test_one_more_job_than_the_queue_holds_is_refused(legion: Supervisor, tmp_pa
 
 def test_what_is_wrong_with_a_call_is_said_by_the_call(legion: Supervisor) -> None:
     with pytest.raises(ConfigError, match="priority"):
-        legion.submit(flow("TestPass"), spec=spec(), priority=3)
+        legion.submit(flow("TestPass"), spec=spec(), priority=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     wrong: list[dict[str, Any]] = [{"deadline_s": -1}, {"retries": "many"}, {"spec": {"engin": "graph"}}]
     for options in wrong:
         with pytest.raises(ConfigError, match=next(iter(options))):

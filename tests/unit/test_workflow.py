@@ -81,6 +81,8 @@ def test_the_copy_is_the_callers_to_keep() -> None:
 def test_ids_become_text_and_tuples_lists() -> None:
     loaded = load_workflow({1: node("A"), "b": node("B", x=("1", 0), y=(1, (2, 3)))})  # type: ignore[dict-item]
     assert loaded == {"1": node("A"), "b": node("B", x=["1", 0], y=[1, [2, 3]])}
+    linked = load_workflow({1: node("A"), 2: node("B", x=[1, 0], y=[7, 0])})  # type: ignore[dict-item]
+    assert linked == {"1": node("A"), "2": node("B", x=["1", 0], y=[7, 0])}
 
 
 def test_inputs_may_be_left_out_and_unknown_parts_of_a_node_are() -> None:
