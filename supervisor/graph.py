@@ -36,7 +36,7 @@ from legion_shm.supervisor.graph_modules import load_node_classes
 from legion_shm.supervisor.graph_protocol import NodeClass, PlannedNode
 from legion_shm.supervisor.graph_report import node_failure
 from legion_shm.supervisor.graph_validation import Plan, hidden_value, validate_prompt
-from legion_shm.supervisor.graph_writes import Watch, private_copy
+from legion_shm.supervisor.graph_writes import Trial, Watch, private_copy
 
 __all__ = ["BUILTIN_MODULES", "GraphEngine"]
 
@@ -171,6 +171,9 @@ class GraphEngine:
         return b"fresh:%d" % next(self._fresh)
 
 
+_OWN_NODES = ("legion_shm.nodes.", "legion_shm.supervisor.graph_nodes.")
+"""Modules of node classes that write into no input, and need no trial."""
+
 _Call = Callable[[Callable[..., object], Mapping[str, Sequence[object]], bool], list[object]]
 
 
@@ -280,9 +283,13 @@ class _Run:
         self._events.node(node.node_id, node.class_type, "started")
         inputs: dict[str, Sequence[object]] = {}
         watch = Watch(())
+        trial: Trial | None = None
         failure: LegionError
         try:
             inputs = self._inputs_of(node, plan)
+            trial = None if self._is_known(node) else Trial(inputs)
+            if trial is not None:
+                inputs = trial.values
             watch = Watch(inputs)
             node_object = self._cache.node_object(node)
             function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
@@ -290,14 +297,16 @@ class _Run:
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             failure = self._failure(error, node, inputs)
         else:
-            if watch.changed():
+            if trial is not None:
+                self._judge(node, trial, result)
+            elif watch.changed():
                 self._note_writer(node)
             self._events.node(node.node_id, node.class_type, "finished")
             return result
         finally:
             self._job.node_id = None
         # Raised out here and after letting go, so that the error carries no frame that holds tensors.
-        inputs, watch = {}, Watch(())
+        inputs, watch, trial = {}, Watch(()), None
         self._results.clear()
         try:
             raise failure
@@ -343,6 +352,20 @@ class _Run:
         for name, kind in node.hidden.items():
             inputs[name] = (hidden_value(kind, node.node_id, plan.prompt),)
         return inputs
+
+    def _is_known(self, node: PlannedNode) -> bool:
+        kind = node.class_type
+        ours = node.node_class.__module__.startswith(_OWN_NODES)
+        return ours or kind in self._cache.gentle or kind in self._cache.writers
+
+    def _judge(self, node: PlannedNode, trial: Trial, result: NodeResult) -> None:
+        """After the first run of a class: does it leave its inputs alone?"""
+        if trial.wrote():
+            self._cache.writers.add(node.class_type)
+            return
+        self._cache.gentle.add(node.class_type)
+        if result.outputs is not None:
+            result.outputs = cast("list[list[object]]", trial.give_back(result.outputs))
 
     def _note_writer(self, node: PlannedNode) -> None:
         if node.class_type not in self._cache.writers:

@@ -170,12 +170,14 @@ def _ask(node: PlannedNode, function: str, fingerprint: Callable[[PlannedNode, s
 class GraphCache:
     """Outputs by signature, node objects by node id and class, plans by prompt digest.
 
-    ``writers``: the classes whose nodes were seen to write into their inputs.
+    ``writers``: the classes whose nodes were seen to write into their inputs; ``gentle``: those that ran once
+    and did not.
     """
 
     def __init__(self) -> None:
         self._results: dict[bytes, tuple[NodeResult, Watch]] = {}
         self.writers: set[str] = set()
+        self.gentle: set[str] = set()
         self._objects: dict[tuple[str, str], Any] = {}
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
 

@@ -1,11 +1,13 @@
 """Nodes that write into tensors they share with others: seeing it, and keeping them to themselves.
 
-Owns the look at torch's version counters, which every in-place operation of torch moves; writes through numpy
-or raw memory do not, and stay unseen. It changes no tensor.
+Owns the copies and the comparisons. The version counters are torch's, which every in-place operation of torch
+moves; writes through numpy or raw memory do not. It changes no tensor.
 
-Within one worker nodes hand each other the very same tensors, as in ComfyUI. A node that wrote into its
-input is found out by these counters: kept outputs that were written into are not used again, and its class
-is given copies of its own from then on.
+Within one worker nodes hand each other the very same tensors. So that none sees what another writes into its
+input, a class is on *trial* when it runs for the first time in a worker: it works on copies, which are
+compared with the originals afterwards. Classes that leave their inputs alone get the originals from then on,
+the others always copies. One that writes only later is found out by the version counters: kept outputs that
+were written into are not used again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-__all__ = ["Watch", "private_copy"]
+__all__ = ["Trial", "Watch", "private_copy"]
 
 _DEPTH = 8  # values of ComfyUI nest three or four deep: CONDITIONING is a list of pairs of tensor and dict
 
@@ -50,6 +52,44 @@ def private_copy(values: object) -> Any:
         return copies.setdefault(id(tensor), tensor.clone())
 
     return _map(values, copy, _DEPTH)
+
+
+class Trial:
+    """Copies for a node whose class is not known yet, and what they show afterwards."""
+
+    def __init__(self, values: object) -> None:
+        self._pairs: list[tuple[Any, Any]] = []
+        copies: dict[int, Any] = {}
+
+        def copy(tensor: Any) -> Any:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.clone()
+                self._pairs.append((tensor, copies[id(tensor)]))
+            return copies[id(tensor)]
+
+        self.values: Any = _map(values, copy, _DEPTH)
+
+    def wrote(self) -> bool:
+        """Whether any copy is not any more what it was copied from."""
+        return any(_version(copy) or not _equal(original, copy) for original, copy in self._pairs)
+
+    def give_back(self, values: Any) -> Any:
+        """The values that the node gave, with the originals where it passed copies of them on."""
+        originals = {id(copy): original for original, copy in self._pairs}
+        return _map(values, lambda tensor: originals.get(id(tensor), tensor), _DEPTH)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    import torch
+
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    try:
+        if one.is_floating_point() or one.is_complex():
+            return bool(torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True))
+        return bool(torch.equal(one, other))
+    except (RuntimeError, NotImplementedError):  # a dtype or layout that torch can't compare
+        return True
 
 
 def _is_tensor(value: object) -> bool:

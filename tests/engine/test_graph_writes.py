@@ -1,4 +1,4 @@
-"""Nodes that write into what they share: kept outputs stay what their nodes made."""
+"""Nodes that write into what they share: no other node sees it."""
 
 from __future__ import annotations
 
@@ -68,8 +68,16 @@ def test_an_output_that_its_node_keeps_and_writes_later_is_made_again() -> None:
 def test_a_class_that_writes_is_named_once_and_given_copies_from_then_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    calls: list[int] = []
+
+    def later(image: torch.Tensor) -> tuple[torch.Tensor]:
+        calls.append(1)
+        return write(image) if len(calls) > 1 else (image,)
+
     both = prompt(input_1=["write", 0], input_2=["blank", 0])
-    with engine_with({"Blank": BLANK, "Write": WRITE}) as harness, caplog.at_level(logging.WARNING):
+    late = node_class(later, required={"image": ("*",)}, IS_CHANGED=lambda **_: float("nan"))
+    with engine_with({"Blank": BLANK, "Write": late}) as harness, caplog.at_level(logging.WARNING):
+        harness.run(both)
         harness.run(both)
         outcome = harness.run(both)
         for name, expected in (("output_1", 9.0), ("output_2", 0.0)):
@@ -77,6 +85,47 @@ def test_a_class_that_writes_is_named_once_and_given_copies_from_then_on(
             assert isinstance(value, torch.Tensor)
             assert value.tolist() == [expected] * 3
     assert [record.message.count("(Write)") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("how", ["torch", "numpy"])
+def test_no_other_node_of_the_job_sees_what_a_node_wrote_not_even_the_first_time(how: str) -> None:
+    def scribble(image: torch.Tensor) -> tuple[torch.Tensor]:
+        if how == "torch":
+            return write(image)
+        image.numpy()[...] = 9.0
+        return (image,)
+
+    scribbler = node_class(scribble, required={"image": ("*",)})
+    read = node_class(lambda image, after: (image + 0,), required={"image": ("*",), "after": ("*",)})
+    graph = {
+        "in": node("LegionImporter"),
+        "blank": node("Blank"),
+        "w1": node("Write", image=["blank", 0]),
+        "w2": node("Write", image=["in", 0]),
+        "r1": node("Read", image=["blank", 0], after=["w1", 0]),
+        "r2": node("Read", image=["in", 0], after=["w2", 0]),
+        "out": node(EXPORT, input_1=["r1", 0], input_2=["r2", 0], input_3=["w1", 0], input_4=["w2", 0]),
+    }
+    given = torch.ones(3)
+    with engine_with({"Blank": BLANK, "Write": scribbler, "Read": read}) as harness:
+        for _ in range(2):
+            outputs = harness.run(graph, {"input_1": given}).outputs
+            values = [outputs[f"output_{n}"] for n in (1, 2, 3, 4)]
+            assert [float(value[0]) for value in values if isinstance(value, torch.Tensor)] == [0, 1, 9, 9]
+    assert given.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_node_that_passes_its_input_on_gives_the_very_same_tensor_the_first_time_too() -> None:
+    passing = node_class(lambda image: (image,), required={"image": ("*",)})
+    graph = {
+        "in": node("LegionImporter"),
+        "1": node("Pass", image=["in", 0]),
+        "out": node(EXPORT, input_1=["1", 0]),
+    }
+    given = torch.rand(3)
+    with engine_with({"Pass": passing}) as harness:
+        for _ in range(2):
+            assert harness.run(graph, {"input_1": given}).outputs["output_1"] is given
 
 
 def test_tensors_are_found_and_copied_inside_the_values_that_nodes_exchange() -> None:
