@@ -117,6 +117,7 @@ class _Host:
         self._engine: Engine | None = None
         self._prompts: dict[bytes, Workflow] = {}
         self._stopping = False
+        self._pid = os.getpid()
         self._free_wanted = False
         self._waiting: deque[RunJob] = deque()
 
@@ -231,6 +232,8 @@ class _Host:
             try:
                 outcome = self._require_engine().execute(request, events)
             finally:
+                if os.getpid() != self._pid:
+                    os._exit(1)  # a node forked, and its child came back here: the sockets are not its own
                 events.flush()
             del request
             executed_us = _now_us()

@@ -116,6 +116,7 @@ class Lending:
         except ProtocolError:
             self.table.release_all(taken, MASTER)
             raise
+        worker.delivered = f"{message.job} {message.attempt}"
         self.table.release_all(message.released, worker.id)
         if referred:
             self._processes.send(worker, ResultAccepted(message.job))
@@ -143,8 +144,13 @@ class Lending:
 
     def refuse_result(self, worker: WorkerIO, message: JobDone) -> None:
         """A result that nobody waits for: the worker may free what it made for it."""
+        if worker.delivered == f"{message.job} {message.attempt}":
+            return  # the same once more: its blocks are ours, or were
         unwanted = tuple(
-            handle for value in message.values for handle, new in zip(value[2], value[3], strict=False) if new
+            handle
+            for value in message.values
+            for handle, new in zip(value[2], value[3], strict=False)
+            if new and handle.arena == worker.arena and not self.table.is_live(handle)
         )
         self.table.release_all(message.released, worker.id)
         self._processes.send(worker, ResultAccepted(message.job))
@@ -188,11 +194,15 @@ class Lending:
     def request_segment(self, worker: WorkerIO, nbytes: int) -> None:
         """A worker's arena wants to grow: make the segment in the background, within the quota."""
         quota = self._settings.arena_quota_bytes
-        if nbytes <= 0:
-            raise ProtocolError(f"a segment of {nbytes} bytes was asked for")
+        if nbytes <= 0 or worker.awaits_segment:
+            raise ProtocolError(
+                f"a segment of {nbytes} bytes was asked for, or one more before the first came"
+            )
         if self._memory.segment_bytes(worker.arena) + nbytes > quota:
             self._processes.send(worker, SegmentRefused(f"arena_quota_bytes = {quota} would be exceeded"))
             return
+
+        worker.awaits_segment = True
 
         def make() -> None:
             try:
@@ -210,10 +220,12 @@ class Lending:
             self._processes.send(worker, SegmentRefused(str(error)))
 
     def _refuse(self, worker: WorkerIO, reason: str) -> None:
+        worker.awaits_segment = False
         if self._processes.get(worker.id) is worker:
             self._processes.send(worker, SegmentRefused(reason))
 
     def _grant(self, worker: WorkerIO, segment_id: int, nbytes: int) -> None:
+        worker.awaits_segment = False
         segment = self._memory.segment(worker.arena, segment_id)
         if self._processes.get(worker.id) is not worker or segment is None:
             self._memory.drop(worker.arena, (segment_id,))

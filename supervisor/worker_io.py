@@ -85,6 +85,8 @@ class WorkerIO:
     kill_wanted: bool = False
     gone_at_s: float | None = None
     violation: str = ""
+    delivered: str = ""
+    awaits_segment: bool = False
     _begun: LineReader | None = None
     _last_begun: str = ""
 

@@ -71,6 +71,7 @@ class Attachments:
         self._views: dict[int, _View] = {}
         self._dead: deque[_View] = deque()
         self._ended: deque[_View] = deque()
+        self._closed = False
 
     def add(self, arena: int, segment_id: int, segment: Segment) -> None:
         """Make a segment known; it is closed by `drop`. `InvalidHandle` where the id is taken."""
@@ -93,9 +94,15 @@ class Attachments:
             segment.close()
 
     def close(self) -> None:
-        """Drop every segment; live views stay readable, and still end in `drain_released`."""
+        """Drop every segment. Live views stay readable and free their memory when they end, untold."""
         for arena in {key[0] for key in list(self._segments)}:
             self.drop(arena)
+        with self._lock:
+            self._closed = True
+            self._views.clear()
+            self._addresses.clear()
+        self._dead.clear()
+        self._ended.clear()
 
     def view(self, handle: BlockHandle) -> Any:
         """A writable ctypes array of ``handle.nbytes`` bytes; writes stay private to it.
@@ -186,8 +193,13 @@ class Attachments:
             insort(self._addresses, view.address)
             self._views[view.address] = view
         # The registry of finalizers keeps `view`, and so the memory, alive until the array is gone.
-        weakref.finalize(array, self._dead.append, view).atexit = False
+        weakref.finalize(array, self._gone, view).atexit = False
         return array
+
+    def _gone(self, view: _View) -> None:
+        """What a finalizer calls: no lock, for it may run in the middle of anything."""
+        if not self._closed:
+            self._dead.append(view)
 
     def _reap(self) -> None:
         while self._dead:
@@ -196,7 +208,8 @@ class Attachments:
             except IndexError:  # another thread was faster
                 return
             with self._lock:
-                del self._views[view.address]
+                if self._views.pop(view.address, None) is None:
+                    continue  # closed meanwhile
                 del self._addresses[bisect_right(self._addresses, view.address) - 1]
             if view.mapping is not None:
                 view.mapping.release()

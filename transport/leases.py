@@ -118,6 +118,11 @@ class LeaseTable:
         self._live(handle)
         self._add((handle.arena, handle.segment, handle.offset), holder)
 
+    def is_live(self, handle: BlockHandle) -> bool:
+        """Whether this very block is published and somebody has a lease on it."""
+        block = self._blocks.get((handle.arena, handle.segment, handle.offset))
+        return block is not None and block.handle == handle
+
     def holds(self, handle: BlockHandle, holder: str) -> bool:
         """Whether this holder has a lease on this very block."""
         block = self._blocks.get((handle.arena, handle.segment, handle.offset))

@@ -358,3 +358,15 @@ class LeasesAgainstTheirModel(RuleBasedStateMachine):
 
 TestLeases = LeasesAgainstTheirModel.TestCase
 TestLeases.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_a_block_is_live_while_somebody_has_a_lease_on_it() -> None:
+    table = LeaseTable()
+    table.add_segment(1, 1, 1 << 20)
+    handle = BlockHandle(1, 1, 0, 100, 7)
+    assert not table.is_live(handle)
+    table.publish(handle, "w1")
+    assert table.is_live(handle)
+    assert not table.is_live(BlockHandle(1, 1, 0, 100, 8))
+    table.release(handle, "w1")
+    assert not table.is_live(handle)
