@@ -1,10 +1,10 @@
 """The worker host: what runs in a worker process around an engine.
 
-Owns the process's entry, its two sockets, its memory and its two threads. It decides nothing about
-jobs: it runs what it is told, one at a time, and reports.
+Owns the process's entry, its memory and its two threads. It decides nothing about jobs: it runs what it is
+told, one at a time, and reports (host_reports.py).
 
     main thread      job socket      RunJob ─▶ decode ─▶ engine ─▶ encode ─▶ JobDone       (no thread hop)
-    control thread   control socket  heartbeat, Cancel ─▶ engine.interrupt, ended leases, log records
+    control thread   control socket  heartbeat, Cancel, ended leases, log records        (host_control.py)
 
 torch is loaded by what an engine or a value needs, long after the environment is settled.
 """
@@ -22,59 +22,42 @@ import threading
 import time
 import traceback
 from collections import deque
-from typing import Any, cast
+from typing import cast
 
-from legion_shm.clock import monotonic_s
 from legion_shm.errors import (
-    ArenaFull,
-    InvalidHandle,
-    InvalidWorkflow,
     JobCancelled,
     JobFailed,
-    LegionError,
     MessageTooLarge,
-    ProtocolError,
-    UnsupportedValue,
 )
 from legion_shm.supervisor import death_pipe
-from legion_shm.supervisor.engine import Engine, JobRequest, NodeStatus
+from legion_shm.supervisor.engine import Engine, JobRequest
+from legion_shm.supervisor.host_control import ControlThread
+from legion_shm.supervisor.host_reports import Events, LogHandler, failure_reply
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_io import begun_mark
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
+from legion_shm.transport.frames import decode_message, encode_message
 from legion_shm.transport.messages import (
     HANDLES_MAX,
-    Cancel,
     Free,
-    Heartbeat,
     Hello,
     JobCancelledReply,
     JobDone,
-    JobFailedReply,
     LogRecord,
     Message,
-    NodeNotes,
-    PreviewNote,
-    ProgressNote,
     Ready,
     Released,
     RunJob,
     SegmentRetired,
     StartFailed,
     Stop,
-    decode_message,
-    encode_message,
-    in_batches,
 )
 from legion_shm.workflow import Workflow
 
 __all__ = ["main"]
 
-_PROGRESS_INTERVAL_S = 0.02  # fifty bars a second is more than anyone sees
 _PROMPTS_KEPT = 64
-_IDLE_WAIT_S = 0.25  # the control thread's own pace while nothing is viewed and nothing runs
-_LOG_TEXT_MAX = 8192
-_PREVIEW_SIDE = 512
 
 
 def main(config: HostConfig) -> None:
@@ -113,7 +96,7 @@ class _Host:
         self._config = config
         self._jobs = ClientChannel(config.endpoint, config.job_identity, max_bytes=config.max_message_bytes)
         self._memory = WorkerMemory(config, self._send, self._receive_message)
-        self._control = _Control(config, self._memory)
+        self._control = ControlThread(config, self._memory)
         self._engine: Engine | None = None
         self._prompts: dict[bytes, Workflow] = {}
         self._stopping = False
@@ -149,7 +132,7 @@ class _Host:
         config = self._config
         self._send(Hello(config.worker, config.token, "job", os.getpid()))
         self._control.start()
-        logging.getLogger().addHandler(_LogHandler(self))
+        logging.getLogger().addHandler(LogHandler(self.log))
         try:
             engine = _make_engine(config)
             self._engine = engine
@@ -211,7 +194,7 @@ class _Host:
             self._memory.discard_result(message.job)
             if isinstance(reply, JobDone):
                 self._send(Released(reply.released))
-            self._send(_failure(message, error))
+            self._send(failure_reply(message, error))
         else:
             self._memory.result_sent(message.job)
 
@@ -228,7 +211,7 @@ class _Host:
             )
             del inputs
             decoded_us = _now_us()
-            events = _Events(self, message.job, message.attempt)
+            events = Events(self.event, message.job, message.attempt)
             try:
                 outcome = self._require_engine().execute(request, events)
             finally:
@@ -261,7 +244,7 @@ class _Host:
                     exception_message=str(error),
                     traceback=traceback.format_exc(),
                 )
-            return _failure(message, error)
+            return failure_reply(message, error)
 
     def _prompt(self, message: RunJob) -> Workflow:
         prompt = self._prompts.pop(message.digest, None)
@@ -291,185 +274,5 @@ class _Host:
             self._control.post(message)
 
 
-def _failure(message: RunJob, error: BaseException) -> JobFailedReply:
-    kinds = (JobFailed, InvalidWorkflow, UnsupportedValue, ArenaFull, MessageTooLarge, ProtocolError)
-    kind = next((known.__name__ for known in kinds if isinstance(error, known)), "JobFailed")
-    if isinstance(error, JobFailed):
-        return JobFailedReply(
-            message.job,
-            message.attempt,
-            kind,
-            str(error),
-            error.node_id,
-            error.class_type,
-            error.exception_type,
-            error.exception_message,
-            error.traceback,
-            error.inputs_summary,
-            (),
-            "",
-        )
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return JobFailedReply(
-        message.job,
-        message.attempt,
-        kind,
-        str(error) if isinstance(error, LegionError) else f"{type(error).__name__}: {error}",
-        getattr(error, "node_id", None),
-        None,
-        f"{type(error).__module__}.{type(error).__qualname__}",
-        str(error),
-        text,
-        "",
-        tuple(error.problems) if isinstance(error, InvalidWorkflow) else (),
-        error.path if isinstance(error, UnsupportedValue) else str(getattr(error, "input_name", None) or ""),
-    )
-
-
 def _now_us() -> int:
     return time.monotonic_ns() // 1000
-
-
-class _Events:
-    """What the engine reports, as messages. Progress is thinned out; its last step always goes."""
-
-    def __init__(self, host: _Host, job: str, attempt: int) -> None:
-        self._host, self._job, self._attempt = host, job, attempt
-        self._last_s = 0.0
-        self._lock = threading.Lock()
-        self._held: list[tuple[str, str, str]] = []
-
-    def node(self, node_id: str, class_type: str, status: NodeStatus) -> None:
-        """The next node starts right after one has finished, so the two go in one message."""
-        with self._lock:
-            self._held.append((node_id, class_type, status))
-            if status == "started":
-                self._send_held()
-
-    def flush(self) -> None:
-        with self._lock:
-            if self._held:
-                self._send_held()
-
-    def _send_held(self) -> None:
-        rows, self._held = tuple(self._held), []
-        self._host.event(NodeNotes(self._job, self._attempt, rows))
-
-    def progress(self, node_id: str | None, value: float, total: float) -> None:
-        now = monotonic_s()
-        if value < total and now - self._last_s < _PROGRESS_INTERVAL_S:
-            return
-        self._last_s = now
-        self._host.event(ProgressNote(self._job, self._attempt, node_id, float(value), float(total)))
-
-    def preview(self, node_id: str | None, image: object) -> None:
-        kind, data = _encode_preview(image)
-        self._host.event(PreviewNote(self._job, self._attempt, node_id, kind, data))
-
-
-def _encode_preview(image: object) -> tuple[str, bytes]:
-    from PIL import Image
-
-    picture: Any = image
-    if not isinstance(picture, Image.Image):
-        array = picture[0] if picture.ndim == 4 else picture
-        array = (array.detach().clamp(0, 1) * 255).round().to("cpu").numpy().astype("uint8")
-        picture = Image.fromarray(array)
-    picture = picture.convert("RGB")
-    picture.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "JPEG", buffer.getvalue()
-
-
-class _LogHandler(logging.Handler):
-    """The main thread's records go at once, in order with its reports; others' by the control thread."""
-
-    def __init__(self, host: _Host) -> None:
-        super().__init__()
-        self._host = host
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            text = self.format(record)[:_LOG_TEXT_MAX]
-        except Exception:
-            self.handleError(record)
-            return
-        self._host.log(LogRecord(record.levelname, record.name, text))
-
-
-class _Control(threading.Thread):
-    """The control thread. Its socket is its own; others reach it through bounded queues."""
-
-    def __init__(self, config: HostConfig, memory: WorkerMemory) -> None:
-        super().__init__(name="legion-control", daemon=True)
-        self._config, self._memory = config, memory
-        self._posted: deque[Message] = deque(maxlen=10_000)
-        self._logs: deque[LogRecord] = deque(maxlen=1_000)
-        self._stop_wanted = threading.Event()
-        self.engine: Engine | None = None
-        self.busy_job = ""
-
-    def post(self, message: Message) -> None:
-        self._posted.append(message)
-
-    def log(self, record: LogRecord) -> None:
-        self._logs.append(record)
-
-    def flush_logs(self, send: Any) -> None:
-        """Send the log records now, from the calling thread, with its own ``send``."""
-        while self._logs:
-            with contextlib.suppress(IndexError):
-                send(self._logs.popleft())
-
-    def stop(self) -> None:
-        self._stop_wanted.set()
-        if self.is_alive():
-            self.join(timeout=1.0)
-
-    def run(self) -> None:
-        import psutil
-
-        config = self._config
-        channel = ClientChannel(config.endpoint, config.control_identity, max_bytes=config.max_message_bytes)
-
-        def send(message: Message) -> None:
-            channel.send(encode_message(message, max_bytes=config.max_message_bytes))
-
-        process = psutil.Process()
-        try:
-            send(Hello(config.worker, config.token, "control", os.getpid()))
-            next_beat_s, beats = monotonic_s(), 0
-            while not self._stop_wanted.is_set():
-                now = monotonic_s()
-                if now >= next_beat_s:
-                    beats += 1
-                    next_beat_s = now + config.heartbeat_interval_s
-                    rss = process.memory_info().rss
-                    send(Heartbeat(beats, rss, self._memory.arena_bytes(), self.busy_job))
-                busy = self.busy_job or self._posted or self._memory.live_views()
-                frame = channel.receive(
-                    min(next_beat_s - now, config.lease_flush_s if busy else _IDLE_WAIT_S)
-                )
-                if frame is not None:
-                    self._take(decode_message(frame, max_bytes=config.max_message_bytes))
-                released = self._memory.drain_released()
-                if released:
-                    for some in in_batches(released):
-                        send(Released(some))
-                self._flush(send)
-            self._flush(send)
-        finally:
-            channel.close()
-
-    def _flush(self, send: Any) -> None:
-        while self._posted:
-            send(self._posted.popleft())
-        self.flush_logs(send)
-
-    def _take(self, message: Message) -> None:
-        if isinstance(message, Cancel):
-            if self.engine is not None:
-                self.engine.interrupt(message.job)
-            return
-        raise InvalidHandle(f"{type(message).__name__} does not belong on the control socket")

@@ -25,6 +25,7 @@ from legion_shm.supervisor.stimuli import HeartbeatSeen, JobReplied, StartFailed
 from legion_shm.supervisor.submission import Submission
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.channel import ServerChannel
+from legion_shm.transport.frames import decode_message
 from legion_shm.transport.messages import (
     Heartbeat,
     Hello,
@@ -40,7 +41,6 @@ from legion_shm.transport.messages import (
     Released,
     SegmentRequest,
     SegmentRetired,
-    decode_message,
 )
 from legion_shm.transport.messages import StartFailed as StartFailedNote
 

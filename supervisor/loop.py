@@ -1,7 +1,7 @@
 """The supervisor's one I/O thread: it waits, turns what happens into stimuli, and carries out the actions.
 
-Owns the thread, the commands that other threads post to it, and the accepted jobs. It decides nothing
-(machine.py does) and leaves the details to three others: processes.py, lending.py, inbox.py.
+Owns the thread and the accepted jobs. It decides nothing (machine.py does) and leaves the details to others:
+commands.py, orders.py, processes.py, lending.py, inbox.py.
 
     callers ──── commands ────▶ ┌────────┐ ──── stimuli ────▶ machine
     workers ──── messages ────▶ │  loop  │ ◀──── actions ────
@@ -14,40 +14,29 @@ takes is never missed because the value it came from was dropped right after the
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import socket
 import threading
-from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings, WorkerSpec
-from legion_shm.errors import JobCancelled, MessageTooLarge, StartupError, WorkerLost
-from legion_shm.events import JobQueued, JobRetrying, JobStarted, LogEvent
+from legion_shm.errors import JobCancelled, StartupError, WorkerLost
+from legion_shm.events import JobQueued, LogEvent
+from legion_shm.supervisor.commands import Command, Commands
 from legion_shm.supervisor.inbox import Inbox
 from legion_shm.supervisor.lending import Lending
 from legion_shm.supervisor.machine import Limits, Machine
 from legion_shm.supervisor.master_memory import MasterMemory
+from legion_shm.supervisor.orders import Orders
 from legion_shm.supervisor.processes import Processes
 from legion_shm.supervisor.spawn import SpawnedWorker
 from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import (
-    Action,
-    AskStop,
     CloseRequested,
-    Interrupt,
-    JobReplied,
     JobSubmitted,
     PoolDefined,
-    ResolveJob,
-    RetryNoted,
-    SendJob,
-    SignalWorker,
-    SpawnWorker,
     Stalled,
     StartFailed,
     Stimulus,
@@ -58,7 +47,7 @@ from legion_shm.supervisor.submission import Submission
 from legion_shm.supervisor.worker_io import WorkerIO, describe_exit
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.handles import BlockHandle
-from legion_shm.transport.messages import BlocksFreed, Cancel, Message, RunJob, Stop
+from legion_shm.transport.messages import Message
 from legion_shm.transport.runtime_dir import RuntimeDir
 from legion_shm.transport.segment import SegmentKind
 
@@ -84,12 +73,8 @@ class Loop:
         segments: SegmentKind,
     ) -> None:
         self._settings, self._channel, self._directory = settings, channel, directory
-        self._commands: deque[Callable[[float], None]] = deque()
-        self._wake_r, self._wake_w = os.pipe()
-        os.set_blocking(self._wake_r, False)
-        os.set_blocking(self._wake_w, False)
-        self._awake = False
-        channel.watch(self._wake_r)
+        self._commands = Commands(_too_late)
+        channel.watch(self._commands.wake_fd)
         self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="legion-helper")
         self._machine = Machine(_limits(settings))
         self._specs: dict[str, WorkerSpec] = {}
@@ -116,9 +101,17 @@ class Loop:
             submissions=self._submissions,
             handle=self._handle,
         )
+        self._orders = Orders(
+            kind=segments,
+            processes=self._processes,
+            lending=self._lending,
+            specs=self._specs,
+            submissions=self._submissions,
+            handle=self._handle,
+            spawn_failed=self._spawn_failed,
+        )
         self._closing = False
         self._ended = threading.Event()
-        self._end_lock = threading.RLock()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="legion-loop", daemon=True)
 
@@ -127,21 +120,9 @@ class Loop:
     def start(self) -> None:
         self._thread.start()
 
-    def post(self, command: Callable[[float], None]) -> None:
-        """Have the loop call ``command(now)`` soon, after everything posted before. Never blocks.
-
-        Also from a signal handler or a finalizer that interrupts another call of it.
-        """
-        self._commands.append(command)
-        if self._awake:
-            return
-        with self._end_lock:
-            if self._wake_w >= 0:
-                self._awake = True
-                with contextlib.suppress(BlockingIOError):  # it has enough wake-ups to read
-                    os.write(self._wake_w, b"\0")
-                return
-        self._drop_commands()
+    def post(self, command: Command) -> None:
+        """Have the loop call ``command(now)`` soon, after everything posted before. Never blocks."""
+        self._commands.post(command)
 
     @property
     def fault(self) -> BaseException | None:
@@ -219,11 +200,7 @@ class Loop:
             # We did not run for a while; whoever was silent meanwhile may be well.
             self._handle(Stalled(), monotonic_s())
         ended_views = self.memory.drain_released()
-        if self._wake_r in fds:
-            os.read(self._wake_r, 4096)
-        self._awake = False
-        while self._commands:
-            self._commands.popleft()(monotonic_s())
+        self._commands.carry_out(monotonic_s, woken=self._commands.wake_fd in fds)
         self._lending.own_views_ended(ended_views)
         if frames:
             self._inbox.drain()
@@ -276,69 +253,7 @@ class Loop:
 
     def _handle(self, stimulus: Stimulus, now: float) -> None:
         for action in self._machine.handle(stimulus, now):
-            self._act(action, now)
-
-    def _act(self, action: Action, now: float) -> None:
-        if isinstance(action, SendJob):
-            self._send_job(action, now)
-        elif isinstance(action, ResolveJob):
-            self._resolve(action, now)
-        elif isinstance(action, SpawnWorker):
-            self._processes.spawn(
-                action.worker, self._specs[action.pool], self.memory.kind, self._spawn_failed
-            )
-        elif isinstance(action, Interrupt):
-            self._processes.send(self._processes[action.worker], Cancel(action.job), control=True)
-        elif isinstance(action, AskStop):
-            self._ask_stop(self._processes[action.worker])
-        elif isinstance(action, SignalWorker):
-            self._processes[action.worker].signal(action.signal)
-        else:
-            self._note_retry(action, now)
-
-    def _send_job(self, action: SendJob, now: float) -> None:
-        submission = self._submissions[action.job]
-        worker = self._processes[action.worker]
-        submission.sent_s = now
-        freed = self._lending.lend(worker, submission.packed)
-        submission.feed.set_running(True)
-        submission.feed.emit(
-            lambda j, seq, at: JobStarted(j, seq, at, worker.id, worker.engine, action.attempt), now
-        )
-        message = RunJob(
-            action.job,
-            action.attempt,
-            submission.workflow,
-            submission.digest,
-            submission.packed.values,
-            freed,
-            submission.options.allow_cpu,
-        )
-        try:
-            self._processes.send(worker, message)
-        except MessageTooLarge as error:
-            self._processes.send(worker, BlocksFreed(freed))
-            self._lending.not_lent(worker, submission.packed)
-            self._handle(JobReplied(worker.id, action.job, action.attempt, "failed", error), now)
-
-    def _resolve(self, action: ResolveJob, now: float) -> None:
-        submission = self._submissions.pop(action.job)
-        # A delivery that is not handed out is dropped here, and its finalizer gives the leases back.
-        delivery = submission.delivery if action.state == "done" else None
-        submission.delivery = None
-        self._lending.end_job(action.job)
-        submission.feed.resolve(action.state, action.error, delivery, now)
-
-    def _note_retry(self, action: RetryNoted, now: float) -> None:
-        feed = self._submissions[action.job].feed
-        feed.set_running(False)
-        feed.emit(lambda j, seq, at: JobRetrying(j, seq, at, action.attempt, action.reason), now)
-
-    def _ask_stop(self, worker: WorkerIO) -> None:
-        if worker.ready:
-            self._processes.send(worker, Stop())
-        else:
-            worker.signal("SIGTERM")  # it reads no message before it is ready
+            self._orders.carry_out(action, now)
 
     def _spawn_failed(self, worker: WorkerIO, error: StartupError, now: float) -> None:
         self._handle(StartFailed(worker.id, error), now)
@@ -415,34 +330,25 @@ class Loop:
 
     def _end(self) -> None:
         self._helpers.shutdown(wait=True, cancel_futures=True)
-        with self._end_lock:
-            wake_w, self._wake_w = self._wake_w, -1
-            self._awake = False
+        self._commands.end()
         self._ended.set()
-        self._drop_commands()
-        self._channel.unwatch(self._wake_r)
+        self._channel.unwatch(self._commands.wake_fd)
+        self._commands.close()
         self._channel.close()
         self.memory.close()
         self._directory.close()
-        os.close(self._wake_r)
-        os.close(wake_w)
 
-    def _drop_commands(self) -> None:
-        """After the end, by whoever comes last."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._too_late(self._commands.popleft())
 
-    def _too_late(self, command: Callable[[float], None]) -> None:
-        """A command that the loop will not get to: a job must not wait for ever, a process not be left."""
-        arguments: tuple[object, ...] = command.args if isinstance(command, partial) else ()
-        for argument in arguments:
-            if isinstance(argument, Submission) and not argument.feed.done():
-                text = f"job {argument.job} was cancelled: the supervisor closed"
-                error = JobCancelled(text, job_id=argument.job)
-                argument.feed.resolve("cancelled", error, None, monotonic_s())
-            elif isinstance(argument, SpawnedWorker):
-                argument.close()
+def _too_late(command: Command) -> None:
+    """A command that the loop will not get to: a job must not wait for ever, a process not be left."""
+    arguments: tuple[object, ...] = command.args if isinstance(command, partial) else ()
+    for argument in arguments:
+        if isinstance(argument, Submission) and not argument.feed.done():
+            text = f"job {argument.job} was cancelled: the supervisor closed"
+            error = JobCancelled(text, job_id=argument.job)
+            argument.feed.resolve("cancelled", error, None, monotonic_s())
+        elif isinstance(argument, SpawnedWorker):
+            argument.close()
 
 
 def _limits(settings: SupervisorSettings) -> Limits:

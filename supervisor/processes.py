@@ -20,7 +20,10 @@ from legion_shm.errors import StartupError
 from legion_shm.supervisor.spawn import HostConfig, SpawnedWorker, current_dir, spawn_worker
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.channel import ServerChannel
-from legion_shm.transport.messages import Message, encode_message
+from legion_shm.transport.frames import encode_message
+from legion_shm.transport.messages import (
+    Message,
+)
 from legion_shm.transport.segment import SegmentKind
 
 __all__ = ["Post", "Processes"]

@@ -1,11 +1,6 @@
-"""The control messages between supervisor and worker: frozen classes, encoded as MessagePack arrays.
+"""The control messages between supervisor and worker: frozen classes.
 
-    frame = msgpack([PROTOCOL_VERSION, code, field, field, ...])
-
-Encoding and decoding only: sockets are channel.py's, meaning is the supervisor's. Decoding is strict:
-exact types, bounded sizes, no unknown codes, no trailing bytes. Nothing but ProtocolError can come out
-of it. The checkers are tables of our own, which give the very classes that the rest uses. A RunJob of 1 KB
-with three handles takes 3 us to encode and 9 to decode; strict pydantic models of it take 5 and 7.
+Their form on the wire is frames.py's, sockets are channel.py's, meaning is the supervisor's.
 
 A worker has two sockets. On its *job* socket its main thread speaks (RunJob, JobDone, segments), so
 that a short job crosses no thread; on its *control* socket a second thread does (heartbeat, cancel,
@@ -14,21 +9,19 @@ ended leases, log records), so that these go on while a node runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, cast, get_type_hints
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-import msgpack
-
-from legion_shm.errors import InvalidHandle, MessageTooLarge, ProtocolError
 from legion_shm.transport.handles import BlockHandle
 
 __all__ = [
-    "MESSAGES",
-    "PROTOCOL_VERSION",
+    "HANDLES_MAX",
     "BlocksFreed",
     "Cancel",
+    "Flags",
     "Free",
+    "Handles",
     "Heartbeat",
     "Hello",
     "JobCancelledReply",
@@ -36,7 +29,10 @@ __all__ = [
     "JobFailedReply",
     "LogRecord",
     "Message",
+    "Names",
     "NodeNotes",
+    "NodeRows",
+    "Pairs",
     "PreviewNote",
     "ProgressNote",
     "Ready",
@@ -52,14 +48,9 @@ __all__ = [
     "StartFailed",
     "Stop",
     "ValueNote",
-    "decode_message",
-    "encode_message",
+    "Values",
     "in_batches",
 ]
-
-PROTOCOL_VERSION = 1
-
-MAX_ITEMS = 100_000
 
 Handles = tuple[BlockHandle, ...]
 Flags = tuple[bool, ...]
@@ -326,166 +317,3 @@ def in_batches(handles: Sequence[BlockHandle]) -> Iterator[Handles]:
     """The same handles in tuples that fit into a message each; none for none."""
     for start in range(0, len(handles), HANDLES_MAX):
         yield tuple(handles[start : start + HANDLES_MAX])
-
-
-_Check = Callable[[object], object]
-
-
-def _exact(kind: type, text: str) -> _Check:
-    def check(value: object) -> object:
-        if type(value) is not kind:
-            raise ProtocolError(f"expected {text}, got {type(value).__name__}")
-        return value
-
-    return check
-
-
-def _float(value: object) -> object:
-    if type(value) is int or type(value) is float:
-        try:
-            return float(value)
-        except OverflowError:
-            raise ProtocolError("a number is out of range") from None
-    raise ProtocolError(f"expected a number, got {type(value).__name__}")
-
-
-def _optional(inner: _Check) -> _Check:
-    return lambda value: None if value is None else inner(value)
-
-
-def _sequence(value: object) -> Sequence[object]:
-    if type(value) is not list:
-        raise ProtocolError(f"expected an array, got {type(value).__name__}")
-    return cast("list[object]", value)
-
-
-def _many(inner: _Check) -> _Check:
-    return lambda value: tuple(map(inner, _sequence(value)))
-
-
-def _row(*inner: _Check) -> _Check:
-    def check(value: object) -> object:
-        items = _sequence(value)
-        if len(items) != len(inner):
-            raise ProtocolError(f"expected {len(inner)} items, got {len(items)}")
-        return tuple(one(item) for one, item in zip(inner, items, strict=True))
-
-    return check
-
-
-_INT, _STR, _BYTES = _exact(int, "an integer"), _exact(str, "text"), _exact(bytes, "bytes")
-_BOOL = _exact(bool, "a boolean")
-_HANDLES, _FLAGS, _INTS = _many(BlockHandle.from_wire), _many(_BOOL), _many(_INT)
-
-
-def _value(value: object) -> object:
-    items = _sequence(value)
-    if len(items) != 6:
-        raise ProtocolError(f"a value has 6 items, got {len(items)}")
-    name, tree, blocks, owned, identity, stats = items
-    checked = None if identity is None else _BYTES(identity)
-    return _STR(name), _BYTES(tree), _HANDLES(blocks), _FLAGS(owned), checked, _INTS(stats)
-
-
-_CHECKS: dict[Any, _Check] = {
-    int: _INT,
-    str: _STR,
-    bytes: _BYTES,
-    bool: _BOOL,
-    float: _float,
-    str | None: _optional(_STR),
-    Handles: _HANDLES,
-    Flags: _FLAGS,
-    Names: _many(_STR),
-    tuple[int, ...]: _INTS,
-    Pairs: _many(_row(_STR, _STR)),
-    NodeRows: _many(_row(_STR, _STR, _STR)),
-    Values: _many(_value),
-}
-
-
-def _pack_handles(value: Any) -> object:
-    return [handle.to_wire() for handle in cast("Handles", value)]
-
-
-def _pack_values(value: Any) -> object:
-    return [
-        (name, tree, _pack_handles(blocks), owned, identity, stats)
-        for name, tree, blocks, owned, identity, stats in cast("Values", value)
-    ]
-
-
-_PACKERS: dict[Any, Callable[[Any], object]] = {Handles: _pack_handles, Values: _pack_values}
-_Row = tuple[str, _Check, Callable[[Any], object] | None]
-
-
-def _table() -> dict[int, tuple[type[Message], tuple[_Row, ...]]]:
-    table: dict[int, tuple[type[Message], tuple[_Row, ...]]] = {}
-    for kind in Message.__subclasses__():
-        hints = get_type_hints(kind)
-        rows = tuple(
-            (field.name, _CHECKS[hints[field.name]], _PACKERS.get(hints[field.name]))
-            for field in fields(kind)
-        )
-        if kind.code in table:
-            raise AssertionError(f"message code {kind.code} is used twice")
-        table[kind.code] = (kind, rows)
-    return table
-
-
-MESSAGES = _table()
-"""Code to (class, ((field name, check, packer or None), ...))."""
-
-
-def encode_message(message: Message, *, max_bytes: int) -> bytes:
-    """One frame. Raises MessageTooLarge: ZeroMQ itself would drop the frame without a word."""
-    _, rows = MESSAGES[message.code]
-    row: list[object] = [PROTOCOL_VERSION, message.code]
-    for name, _check, pack in rows:
-        value = getattr(message, name)
-        row.append(value if pack is None else pack(value))
-    frame: bytes = msgpack.packb(row, use_bin_type=True, unicode_errors="surrogatepass")
-    if len(frame) > max_bytes:
-        raise MessageTooLarge(
-            f"a {type(message).__name__} message of {len(frame)} bytes exceeds "
-            f"max_message_bytes = {max_bytes}; raise that setting, or pass large values as tensors, arrays "
-            "or bytes through `inputs`"
-        )
-    return frame
-
-
-def decode_message(frame: bytes, *, max_bytes: int) -> Message:
-    """The message in a frame. Raises ProtocolError for whatever is not exactly one valid message."""
-    if len(frame) > max_bytes:
-        raise ProtocolError(f"a frame of {len(frame)} bytes exceeds max_message_bytes = {max_bytes}")
-    try:
-        row: object = msgpack.unpackb(
-            frame,
-            raw=False,
-            strict_map_key=True,
-            use_list=True,
-            unicode_errors="surrogatepass",
-            max_array_len=min(MAX_ITEMS, len(frame)),  # room is made before items are seen
-            max_map_len=0,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"a frame is not MessagePack: {type(error).__name__}") from None
-    items = _sequence(row)
-    if len(items) < 2 or type(items[0]) is not int or type(items[1]) is not int:
-        raise ProtocolError("a frame has no version and code")
-    if items[0] != PROTOCOL_VERSION:
-        raise ProtocolError(f"the peer speaks protocol version {items[0]}, we speak {PROTOCOL_VERSION}")
-    entry = MESSAGES.get(items[1])
-    if entry is None:
-        raise ProtocolError(f"unknown message code {items[1]}")
-    kind, rows = entry
-    if len(items) != len(rows) + 2:
-        raise ProtocolError(f"{kind.__name__} has {len(rows)} fields, got {len(items) - 2}")
-    try:
-        values = [check(item) for (_, check, _), item in zip(rows, items[2:], strict=True)]
-    except InvalidHandle as error:
-        raise InvalidHandle(f"{kind.__name__}: {error}") from None
-    except ProtocolError as error:
-        raise ProtocolError(f"{kind.__name__}: {error}") from None
-    return kind(*values)

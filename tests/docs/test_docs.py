@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import legion_shm
-from legion_shm.transport.messages import MESSAGES
+from legion_shm.transport.frames import MESSAGES
 
 REPO = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])

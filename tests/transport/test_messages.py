@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from legion_shm.errors import InvalidHandle, MessageTooLarge, ProtocolError
+from legion_shm.transport.frames import MESSAGES, PROTOCOL_VERSION, decode_message, encode_message
 from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
 from legion_shm.transport.messages import (
-    MESSAGES,
-    PROTOCOL_VERSION,
     Cancel,
     Hello,
     JobDone,
@@ -28,8 +27,6 @@ from legion_shm.transport.messages import (
     RunJob,
     SegmentRetired,
     Stop,
-    decode_message,
-    encode_message,
     in_batches,
 )
 

@@ -1,0 +1,70 @@
+"""What other threads ask of the loop: a queue of commands, and the pipe that wakes it.
+
+Owns both. A command that comes after the end is handed to ``too_late``, once, by whoever comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Command", "Commands"]
+
+Command = Callable[[float], None]
+"""Called on the loop's thread with the time."""
+
+
+class Commands:
+    """``post`` is for any thread; the rest for the loop's. ``wake_fd`` is readable when something waits."""
+
+    def __init__(self, too_late: Callable[[Command], None]) -> None:
+        self._too_late = too_late
+        self._queue: deque[Command] = deque()
+        self.wake_fd, self._wake_w = os.pipe()
+        os.set_blocking(self.wake_fd, False)
+        os.set_blocking(self._wake_w, False)
+        self._awake = False
+        self._lock = threading.RLock()
+
+    def post(self, command: Command) -> None:
+        """Have the loop call ``command(now)`` soon, after everything posted before. Never blocks.
+
+        Also from a signal handler or a finalizer that interrupts another call of it.
+        """
+        self._queue.append(command)
+        if self._awake:
+            return
+        with self._lock:
+            if self._wake_w >= 0:
+                self._awake = True
+                with contextlib.suppress(BlockingIOError):  # it has enough wake-ups to read
+                    os.write(self._wake_w, b"\0")
+                return
+        self._drop()
+
+    def carry_out(self, now: Callable[[], float], *, woken: bool) -> None:
+        """Call every command that waits."""
+        if woken:
+            os.read(self.wake_fd, 4096)
+        self._awake = False
+        while self._queue:
+            self._queue.popleft()(now())
+
+    def end(self) -> None:
+        """Take no more commands; those that wait come too late."""
+        with self._lock:
+            wake_w, self._wake_w = self._wake_w, -1
+            self._awake = False
+        os.close(wake_w)
+
+    def close(self) -> None:
+        self._drop()
+        os.close(self.wake_fd)
+
+    def _drop(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._too_late(self._queue.popleft())

@@ -1,0 +1,144 @@
+"""What a worker tells of a job: events while it runs, the reply when it failed, log records.
+
+Owns the making and thinning of these messages. It sends nothing itself: each thing here is given a function
+that does.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from legion_shm.clock import monotonic_s
+from legion_shm.errors import (
+    ArenaFull,
+    InvalidWorkflow,
+    JobFailed,
+    LegionError,
+    MessageTooLarge,
+    ProtocolError,
+    UnsupportedValue,
+)
+from legion_shm.supervisor.engine import NodeStatus
+from legion_shm.transport.messages import (
+    JobFailedReply,
+    LogRecord,
+    Message,
+    NodeNotes,
+    PreviewNote,
+    ProgressNote,
+    RunJob,
+)
+
+__all__ = ["Events", "LogHandler", "failure_reply"]
+
+_PROGRESS_INTERVAL_S = 0.02  # fifty bars a second is more than anyone sees
+_LOG_TEXT_MAX = 8192
+_PREVIEW_SIDE = 512
+
+
+def failure_reply(message: RunJob, error: BaseException) -> JobFailedReply:
+    kinds = (JobFailed, InvalidWorkflow, UnsupportedValue, ArenaFull, MessageTooLarge, ProtocolError)
+    kind = next((known.__name__ for known in kinds if isinstance(error, known)), "JobFailed")
+    if isinstance(error, JobFailed):
+        return JobFailedReply(
+            message.job,
+            message.attempt,
+            kind,
+            str(error),
+            error.node_id,
+            error.class_type,
+            error.exception_type,
+            error.exception_message,
+            error.traceback,
+            error.inputs_summary,
+            (),
+            "",
+        )
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return JobFailedReply(
+        message.job,
+        message.attempt,
+        kind,
+        str(error) if isinstance(error, LegionError) else f"{type(error).__name__}: {error}",
+        getattr(error, "node_id", None),
+        None,
+        f"{type(error).__module__}.{type(error).__qualname__}",
+        str(error),
+        text,
+        "",
+        tuple(error.problems) if isinstance(error, InvalidWorkflow) else (),
+        error.path if isinstance(error, UnsupportedValue) else str(getattr(error, "input_name", None) or ""),
+    )
+
+
+class Events:
+    """What the engine reports, as messages. Progress is thinned out; its last step always goes."""
+
+    def __init__(self, send: Callable[[Message], None], job: str, attempt: int) -> None:
+        self._send, self._job, self._attempt = send, job, attempt
+        self._last_s = 0.0
+        self._lock = threading.Lock()
+        self._held: list[tuple[str, str, str]] = []
+
+    def node(self, node_id: str, class_type: str, status: NodeStatus) -> None:
+        """The next node starts right after one has finished, so the two go in one message."""
+        with self._lock:
+            self._held.append((node_id, class_type, status))
+            if status == "started":
+                self._send_held()
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._held:
+                self._send_held()
+
+    def _send_held(self) -> None:
+        rows, self._held = tuple(self._held), []
+        self._send(NodeNotes(self._job, self._attempt, rows))
+
+    def progress(self, node_id: str | None, value: float, total: float) -> None:
+        now = monotonic_s()
+        if value < total and now - self._last_s < _PROGRESS_INTERVAL_S:
+            return
+        self._last_s = now
+        self._send(ProgressNote(self._job, self._attempt, node_id, float(value), float(total)))
+
+    def preview(self, node_id: str | None, image: object) -> None:
+        kind, data = _encode_preview(image)
+        self._send(PreviewNote(self._job, self._attempt, node_id, kind, data))
+
+
+def _encode_preview(image: object) -> tuple[str, bytes]:
+    from PIL import Image
+
+    picture: Any = image
+    if not isinstance(picture, Image.Image):
+        array = picture[0] if picture.ndim == 4 else picture
+        array = (array.detach().clamp(0, 1) * 255).round().to("cpu").numpy().astype("uint8")
+        picture = Image.fromarray(array)
+    picture = picture.convert("RGB")
+    picture.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "JPEG", buffer.getvalue()
+
+
+class LogHandler(logging.Handler):
+    """The main thread's records go at once, in order with its reports; others' by the control thread."""
+
+    def __init__(self, send: Callable[[LogRecord], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)[:_LOG_TEXT_MAX]
+        except Exception:
+            self.handleError(record)
+            return
+        self._send(LogRecord(record.levelname, record.name, text))
