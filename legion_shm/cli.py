@@ -1,4 +1,4 @@
-"""The command line: `legion run`, `legion doctor`, `legion demo`.
+"""The command line: `legion run`, `legion doctor`, `legion demo`, `legion bench`.
 
 Owns options, exit codes and signals. What a command does is in modules that load when it runs, so that
 `legion --help` answers at once.
@@ -23,6 +23,7 @@ from legion_shm import __version__
 from legion_shm.cli_outputs import plan_output, write_output
 from legion_shm.cli_run import RunOptions, Signalled, run_workflow, usage_errors
 from legion_shm.errors import LegionError
+from legion_shm.native_bench.command import bench
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -238,6 +239,8 @@ def _demo(output: str, runs: int) -> int:
     print_demo(report, destination.path)
     return 0
 
+
+_legion.add_command(bench)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,9 @@ LegionError
 ├── ProtocolError          a peer broke the wire protocol
 │   ├── InvalidHandle      a handle that points outside of what was granted
 │   └── StaleHandle        a handle to a block that has been freed or reused since
+├── BenchmarkError         native_bench: it cannot measure what was asked for
+│   ├── PeerFailed         a way of moving tensors failed while it was measured
+│   └── ContentsDiffer     a tensor arrived with other contents than were sent
 ├── ForkedError            used in a forked child of the process that made it
 └── SupervisorClosed       used after `close()`
 
@@ -32,7 +35,9 @@ import signal as _signal
 
 __all__ = [
     "ArenaFull",
+    "BenchmarkError",
     "ConfigError",
+    "ContentsDiffer",
     "DeadlineExceeded",
     "ForkedError",
     "InvalidHandle",
@@ -42,6 +47,7 @@ __all__ = [
     "JobFailed",
     "LegionError",
     "MessageTooLarge",
+    "PeerFailed",
     "ProtocolError",
     "QueueFull",
     "StaleHandle",
@@ -229,6 +235,18 @@ class InvalidHandle(ProtocolError):
 
 class StaleHandle(ProtocolError):
     """A handle to a block that has been freed, or freed and used again, since it was made."""
+
+
+class BenchmarkError(LegionError):
+    """native_bench cannot do what it was asked for: an unknown size or way, a file that is no result."""
+
+
+class PeerFailed(BenchmarkError):
+    """A way of moving tensors failed or did not answer in time; it is left out from then on, and said so."""
+
+
+class ContentsDiffer(BenchmarkError):
+    """A tensor arrived, there or here, with other contents than were sent. No figure of that way counts."""
 
 
 class ForkedError(LegionError, RuntimeError):

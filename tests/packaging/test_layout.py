@@ -23,8 +23,8 @@ FOLDERS = ("legion_shm", "transport", "supervisor", "nodes", "native_bench")
 LINKS = FOLDERS[1:]
 SITE_PACKAGES = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
-# The codec's edge, the graph engine (inside functions) and its nodes: a worker loads them after it has
-# set its environment, a caller with its first tensor.
+# The codec's edge, the graph engine (inside functions) and its nodes, native_bench: a worker loads them
+# after it has set its environment, a caller with its first tensor.
 TORCH_IMPORTERS = {
     "transport/resident.py",
     "transport/tensors.py",
@@ -34,8 +34,8 @@ TORCH_IMPORTERS = {
     "legion_shm/doctor.py",
     "legion_shm/testing/nodes.py",
 }
-TORCH_FOLDERS = ("supervisor/graph_nodes/",)
-ZMQ_IMPORTERS = {"transport/channel.py"}
+TORCH_FOLDERS = ("supervisor/graph_nodes/", "native_bench/")
+ZMQ_IMPORTERS = {"transport/channel.py", "native_bench/peers/zeromq.py"}
 
 DEPENDENCIES = (
     "torch", "numpy", "zmq", "msgpack", "psutil", "yaml", "pydantic", "PIL.Image", "rich.console", "click",

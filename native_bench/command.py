@@ -1,0 +1,122 @@
+"""`legion bench` and `python -m legion_shm.native_bench`: the options, progress, what is written where.
+
+Owns the command. What it does loads when it runs, so that other commands start without it.
+
+Exit codes: 0 measured; 1 a regression (``--compare``), or nothing of ours could be measured; 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator
+from typing import Any
+
+import click
+
+__all__ = ["bench"]
+
+_EPILOG = """\b
+Examples:
+  legion bench --quick
+  legion bench --html report.html --json result.json
+  legion bench --peers ours,zeromq,iceoryx2 --sizes 25MB,100MB
+  legion bench --compare before.json
+  legion bench --from result.json --markdown
+"""
+
+
+@click.command("bench", epilog=_EPILOG, short_help="Measure transfers, ours and others', side by side.")
+@click.option("--quick", is_flag=True, help="Fewer sizes and rounds: under a minute.")
+@click.option("--sizes", metavar="LIST", help="For instance 64KB,25MB; any size will do.")
+@click.option("--peers", metavar="LIST", help="Only these ways (see --list); `ours` means all of Legion's.")
+@click.option("--rounds", type=click.IntRange(1, 100_000), help="Samples of each way and size.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the result, for --compare and --from.")
+@click.option("--csv", "csv_file", metavar="FILE", help="Write every figure as a line.")
+@click.option("--html", "html_file", metavar="FILE", help="Write a report with plots, one file.")
+@click.option("--markdown", is_flag=True, help="Print the result as markdown, to paste into an issue.")
+@click.option("--compare", "compare_file", metavar="OLD.json", help="Show what is slower than then.")
+@click.option("--from", "from_file", metavar="FILE.json", help="Measure nothing: report on that result.")
+@click.option("--list", "list_ways", is_flag=True, help="Name the ways and whether they can run here.")
+@click.option("--comfyui", metavar="PATH", help="Measure the whole path through this ComfyUI as well.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def bench(
+    *,
+    list_ways: bool,
+    from_file: str | None,
+    compare_file: str | None,
+    markdown: bool,
+    quiet: bool,
+    peers: str | None,
+    json_file: str | None,
+    csv_file: str | None,
+    html_file: str | None,
+    **chosen: Any,
+) -> int:
+    """Measure how fast tensors cross between processes: Legion's ways and others', in one run.
+
+    Each way's contents are checked on both sides in every exchange. What was not measured is said.
+    """
+    from rich.console import Console
+
+    from legion_shm.errors import BenchmarkError
+
+    try:
+        if list_ways:
+            return _list(Console())
+        from legion_shm.native_bench.model import read_result, write_result
+
+        old = None if compare_file is None else read_result(compare_file)
+        if from_file is not None:
+            result = read_result(from_file)
+        else:
+            from legion_shm.native_bench.run import Options, run
+
+            names = None if peers is None else [name.strip() for name in peers.split(",") if name.strip()]
+            with _progress(quiet) as show:
+                result = run(Options(peers=names, show=show, **chosen))
+    except BenchmarkError as error:
+        raise click.UsageError(str(error)) from None
+    if json_file:
+        write_result(result, json_file)
+    if markdown:
+        raise click.UsageError("--markdown is not there yet")
+    from legion_shm.native_bench.table import print_result
+
+    print_result(result, Console())
+    del old, csv_file, html_file
+    return 0 if any(row.section == "transfer" and row.case.startswith("legion") for row in result.rows) else 1
+
+
+def _list(console: Any) -> int:
+    from rich.table import Table
+
+    from legion_shm.native_bench.peers import all_peers
+
+    table = Table("name", "way", "can run here", "settings")
+    for peer in all_peers():
+        missing = peer.missing()
+        table.add_row(peer.name, peer.title, "yes" if not missing else f"no: {missing}", peer.settings)
+    console.print(table)
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Generator[Callable[[str], None]]:
+    """A line that is rewritten on a terminal; nothing elsewhere.
+
+    No thread draws it: it would run on the processors that are measured.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+
+    def show(text: str) -> None:
+        sys.stderr.write(f"\r\x1b[2K{text[:100]}")
+        sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        sys.stderr.write("\r\x1b[2K")
+        sys.stderr.flush()
