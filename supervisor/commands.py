@@ -1,4 +1,4 @@
-"""What other threads ask of the loop: a queue of commands, and the pipe that wakes it.
+"""What other threads ask of the loop: a queue of commands, and what wakes it.
 
 Owns both. A command that comes after the end is handed to ``too_late``, once, by whoever comes last.
 """
@@ -6,10 +6,11 @@ Owns both. A command that comes after the end is handed to ``too_late``, once, b
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
+
+from legion_shm.supervisor.wake import Wake
 
 __all__ = ["Command", "Commands"]
 
@@ -23,9 +24,9 @@ class Commands:
     def __init__(self, too_late: Callable[[Command], None]) -> None:
         self._too_late = too_late
         self._queue: deque[Command] = deque()
-        self.wake_fd, self._wake_w = os.pipe()
-        os.set_blocking(self.wake_fd, False)
-        os.set_blocking(self._wake_w, False)
+        self._wake = Wake()
+        self.wake_fd = self._wake.fd
+        self._open = True
         self._awake = False
         self._lock = threading.RLock()
 
@@ -38,17 +39,16 @@ class Commands:
         if self._awake:
             return
         with self._lock:
-            if self._wake_w >= 0:
+            if self._open:
                 self._awake = True
-                with contextlib.suppress(BlockingIOError):  # it has enough wake-ups to read
-                    os.write(self._wake_w, b"\0")
+                self._wake.set()
                 return
         self._drop()
 
     def carry_out(self, now: Callable[[], float], *, woken: bool) -> None:
         """Call every command that waits."""
         if woken:
-            os.read(self.wake_fd, 4096)
+            self._wake.clear()
         self._awake = False
         while self._queue:
             self._queue.popleft()(now())
@@ -56,13 +56,11 @@ class Commands:
     def end(self) -> None:
         """Take no more commands; those that wait come too late."""
         with self._lock:
-            wake_w, self._wake_w = self._wake_w, -1
-            self._awake = False
-        os.close(wake_w)
+            self._open = self._awake = False
 
     def close(self) -> None:
         self._drop()
-        os.close(self.wake_fd)
+        self._wake.close()
 
     def _drop(self) -> None:
         with contextlib.suppress(IndexError):

@@ -31,7 +31,7 @@ from legion_shm.supervisor.machine import Limits, Machine
 from legion_shm.supervisor.master_memory import MasterMemory
 from legion_shm.supervisor.orders import Orders
 from legion_shm.supervisor.processes import Processes
-from legion_shm.supervisor.spawn import SpawnedWorker
+from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import (
     CloseRequested,

@@ -17,7 +17,8 @@ from typing import cast
 
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import StartupError
-from legion_shm.supervisor.spawn import HostConfig, SpawnedWorker, current_dir, spawn_worker
+from legion_shm.supervisor.spawn import HostConfig, current_dir, spawn_worker
+from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.frames import encode_message
@@ -193,7 +194,7 @@ class Processes:
         for worker in tuple(self._workers.values()):
             worker.signal("SIGKILL")
             if worker.spawned is not None:
-                worker.spawned.process.join(timeout=1.0)
+                worker.spawned.join(1.0)
             self.remove(worker)
 
     def _unwatch(self, fd: int) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -40,9 +39,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from legion_shm.errors import StartupError
+from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
 from legion_shm.transport.channel import Endpoint
 
-__all__ = ["HostConfig", "SpawnedWorker", "WorkerProcess", "current_dir", "environment_with", "spawn_worker"]
+__all__ = ["HostConfig", "WorkerProcess", "current_dir", "environment_with", "spawn_worker"]
 
 
 @dataclass(frozen=True)
@@ -194,11 +194,8 @@ class WorkerProcess(SpawnProcess):
 
 
 @dataclass
-class SpawnedWorker:
-    """The parent's side of a worker process. Closing the death pipe's write end kills the worker's group.
-
-    ``exit_fd`` becomes readable when the process has ended.
-    """
+class _PosixWorker(SpawnedWorker):
+    """A process that leads its session and group. Closing the death pipe's write end kills the group."""
 
     process: WorkerProcess
     pid: int
@@ -210,17 +207,17 @@ class SpawnedWorker:
     descriptors: socket.socket | None
 
     def exit_code(self) -> int | None:
-        """None while it runs; negative for a signal."""
         return self.process.exitcode
 
     def signal_group(self, number: int) -> None:
-        """Signal the worker and whatever it started and left in its group; gone ones are ignored."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
+    def join(self, timeout_s: float) -> None:
+        self.process.join(timeout_s)
+
     def close(self) -> None:
-        """Free everything of the parent's side; the process must have ended. Kills what it left behind."""
-        self.signal_group(signal.SIGKILL)
+        self.signal_group(SIGKILL)
         forget_after_fork(self.death_fd)
         for fd in (self.exit_fd, self.stdout, self.stderr, self.death_fd, self.begun):
             if fd >= 0:
@@ -340,7 +337,7 @@ def spawn_worker(
         process = WorkerProcess(config, launch)
         process.start()
         pid = process.pid or 0
-        worker = SpawnedWorker(process, pid, _exit_fd(process), out_r, err_r, death_w, begun_r, ours)
+        worker = _PosixWorker(process, pid, _exit_fd(process), out_r, err_r, death_w, begun_r, ours)
     except (OSError, AssertionError, ValueError, subprocess.SubprocessError) as error:
         resources.close()
         raise StartupError(

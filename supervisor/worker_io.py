@@ -9,12 +9,13 @@ import contextlib
 import os
 import signal
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from legion_shm.config import WorkerSpec
 from legion_shm.ids import new_arena_id, new_token
-from legion_shm.supervisor.spawn import SpawnedWorker
+from legion_shm.supervisor.spawned import SIGKILL, SIGTERM, SpawnedWorker
 from legion_shm.transport.channel import Endpoint
 
 __all__ = ["LineReader", "WorkerIO", "begun_mark", "describe_exit"]
@@ -29,8 +30,9 @@ _LINES_A_TURN = 1000
 class LineReader:
     """Lines from a non-blocking descriptor. A carriage return ends a line too, as progress bars use it."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, read: Callable[[int, int], bytes] | None = None) -> None:
         self.fd = fd
+        self._read = read
         self.ended = False
         self._partial = b""
 
@@ -39,7 +41,7 @@ class LineReader:
         lines: list[bytes] = []
         while not self.ended and len(lines) < _LINES_A_TURN:
             try:
-                data = os.read(self.fd, _READ_BYTES)
+                data = (self._read or os.read)(self.fd, _READ_BYTES)
             except BlockingIOError:
                 break
             except OSError:
@@ -107,10 +109,10 @@ class WorkerIO:
 
     def adopt(self, spawned: SpawnedWorker) -> None:
         self.spawned = spawned
-        self._begun = LineReader(spawned.begun)
+        self._begun = LineReader(spawned.begun, spawned.read)
         self.readers = {
-            spawned.stdout: ("stdout", LineReader(spawned.stdout)),
-            spawned.stderr: ("stderr", LineReader(spawned.stderr)),
+            spawned.stdout: ("stdout", LineReader(spawned.stdout, spawned.read)),
+            spawned.stderr: ("stderr", LineReader(spawned.stderr, spawned.read)),
         }
 
     def has_begun(self, job: str, attempt: int) -> bool:
@@ -125,7 +127,7 @@ class WorkerIO:
         if self.spawned is None:
             self.kill_wanted = True  # as soon as it is there
         else:
-            self.spawned.signal_group(getattr(signal, name))
+            self.spawned.signal_group(SIGTERM if name == "SIGTERM" else SIGKILL)
 
     def read_lines(self) -> list[tuple[Stream, str]]:
         """What it wrote since the last call, into the tail as well."""

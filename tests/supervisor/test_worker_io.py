@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from legion_shm.config import WorkerSpec
-from legion_shm.supervisor.spawn import SpawnedWorker
+from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.worker_io import LineReader, WorkerIO, begun_mark, describe_exit
 
 
@@ -132,6 +132,9 @@ class FakeSpawned:
     stderr: int
     begun: int = -1
     signals: list[int] = field(default_factory=list[int])
+
+    def read(self, fd: int, nbytes: int) -> bytes:
+        return os.read(fd, nbytes)
 
     def signal_group(self, number: int) -> None:
         self.signals.append(number)
