@@ -111,12 +111,24 @@ NODE_CLASS_MAPPINGS = {c.__name__: c for c in (ProbeSource, ProbeWrite, ProbeSlo
 class ComfyServer:
     """Started by the constructor; `stop` ends it."""
 
-    def __init__(self, comfyui: Path, python: str, base: Path, *extra: str) -> None:
+    def __init__(
+        self,
+        comfyui: Path,
+        python: str,
+        base: Path,
+        *extra: str,
+        legion: Path = REPO,
+        name: str = "legion-shm",
+        probe_pack: str = PROBE_PACK,
+        environment: Mapping[str, str] | None = None,
+        front_end: bool = False,
+    ) -> None:
+        """``legion`` becomes ``custom_nodes/name``. ``front_end``: with the page that its Python has."""
         self.base = base
         for folder in ("custom_nodes/probe_pack", "frontend", "input", "output", "user/default", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "probe_pack" / "__init__.py").write_text(PROBE_PACK, encoding="utf-8")
-        (base / "custom_nodes" / "legion-shm").symlink_to(REPO)
+        (base / "custom_nodes" / "probe_pack" / "__init__.py").write_text(probe_pack, encoding="utf-8")
+        (base / "custom_nodes" / name).symlink_to(legion)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -134,14 +146,17 @@ class ComfyServer:
                 str(self.port),
                 "--base-directory",
                 str(base),
-                "--front-end-root",
-                str(base / "frontend"),
+                *([] if front_end else ["--front-end-root", str(base / "frontend")]),
                 "--database-url",
                 "sqlite:///:memory:",
                 *extra,
             ],
             cwd=base,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": self._runtime},
+            env={
+                **os.environ,
+                "XDG_RUNTIME_DIR": self._runtime,
+                **({"OMP_NUM_THREADS": "1"} if environment is None else environment),
+            },
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
