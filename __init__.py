@@ -19,10 +19,10 @@ WEB_DIRECTORY = "./web"
 
 
 def _load_from_checkout(root: Path) -> None:
-    """Make ``legion_shm`` of the folders in ``root``, also where its symlinks became text files."""
+    """Make ``legion_shm`` importable from ``root`` without making its other folders so."""
     package = root / "legion_shm"
     spec = importlib.util.spec_from_file_location(
-        "legion_shm", package / "__init__.py", submodule_search_locations=[str(package), str(root)]
+        "legion_shm", package / "__init__.py", submodule_search_locations=[str(package)]
     )
     if spec is None or spec.loader is None:
         raise ImportError(f"{package} holds no package", name="legion_shm")

@@ -7,6 +7,7 @@ A name's own module holds its documentation.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ if TYPE_CHECKING:
     from legion_shm.workflow import load_workflow
 
 __version__ = "0.1.0"
+
+if not Path(__file__).with_name("nodes").joinpath("__init__.py").is_file():
+    # A checkout whose symlinks became text files (Windows) or empty folders (an archive packed for ComfyUI's
+    # registry): the folders that they name lie beside this one.
+    __path__.append(str(Path(__file__).resolve().parents[1]))
 
 __all__ = [
     "ArenaFull",

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from legion_shm.nodes.saved_format import convert_saved_workflow
-from tests.nodes.comfy_server import COMFYUI, REPO, ComfyServer
+from tests.nodes.comfy_server import COMFYUI, PYTHON, REPO, ComfyServer
 from tests.nodes.support import text
+from tests.packaging.test_wheel import checkout
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -354,6 +355,16 @@ def test_workers_are_gone_when_the_server_ends(tmp_path: Path, how: str) -> None
         getattr(server.process, how)()
         _, alive = psutil.wait_procs(workers, timeout=10)
         assert not alive
+    finally:
+        server.stop()
+
+
+def test_an_archive_of_the_registry_which_has_no_symlinks_runs_without_an_install(tmp_path: Path) -> None:
+    unpacked = checkout(tmp_path / "unpacked", links="empty folders")
+    server = ComfyServer(Path(COMFYUI or "."), PYTHON, tmp_path / "base", legion=unpacked)
+    try:
+        server.run(master_flow(tmp_path, seed=16, workflow_text=text(worker_flow(*STEPS))))
+        assert np.load(tmp_path / "out.npy").shape == (1, 192, 144, 3)
     finally:
         server.stop()
 

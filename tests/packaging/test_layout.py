@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -56,8 +57,8 @@ def relative(path: Path) -> str:
     return path.relative_to(REPO).as_posix()
 
 
-def checkout_with_text_links(target: Path) -> Path:
-    """A copy of the sources as a checkout without symlinks makes it: each a text file with its target."""
+def checkout_without_symlinks(target: Path, links: str) -> Path:
+    """A copy of the sources as without symlinks: each a text file with its target, or an empty folder."""
     for folder in FOLDERS:
         shutil.copytree(
             REPO / folder,
@@ -67,7 +68,10 @@ def checkout_with_text_links(target: Path) -> Path:
             },
         )
     for link in LINKS:
-        (target / "legion_shm" / link).write_text(f"../{link}", encoding="utf-8")
+        if links == "empty folders":
+            (target / "legion_shm" / link).mkdir()
+        else:
+            (target / "legion_shm" / link).write_text(f"../{link}", encoding="utf-8")
     shutil.copy2(REPO / "__init__.py", target)
     return target
 
@@ -117,11 +121,11 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("links", ["symlinks", "text files"])
+@pytest.mark.parametrize("links", ["symlinks", "text files", "empty folders"])
 def test_entry_finds_its_own_folders_without_an_install_without_torch_and_without_comfyui(
     tmp_path: Path, links: str
 ) -> None:
-    root = REPO if links == "symlinks" else checkout_with_text_links(tmp_path / "Legion-SHM")
+    root = REPO if links == "symlinks" else checkout_without_symlinks(tmp_path / "Legion-SHM", links)
     found = run_isolated(LOAD_AS_COMFYUI_DOES, root, path=tuple(SITE_PACKAGES), cwd=tmp_path)
     assert {"LegionImporter", "LegionExporter"} <= set(found["classes"]), found["stderr"]
     assert set(found["titles"]) <= set(found["classes"])
@@ -140,6 +144,13 @@ def test_entry_imports_on_a_python_without_any_dependency_and_says_what_to_do(tm
 
 def test_requirements_end_in_the_one_spelling_that_every_installer_takes() -> None:
     assert (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()[-1] == "--editable=."
+
+
+def test_requirements_name_every_dependency_for_installers_that_leave_that_line_out() -> None:
+    project = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^dependencies = \[(.*?)^\]", project, flags=re.MULTILINE | re.DOTALL)
+    wanted = [line for line in re.findall(r'"([^"]+)"', block) if not line.startswith("torch")]
+    assert (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()[:-1] == wanted
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

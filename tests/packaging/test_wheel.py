@@ -22,14 +22,17 @@ SITE_PACKAGES = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platl
 
 
 def checkout(target: Path, *, links: str) -> Path:
-    """A copy of the repository, its symlinks as they are or as the text files that Windows makes of them."""
+    """A copy of the repository, its symlinks as they are, or as Windows or a zip archive leaves them."""
     shutil.copytree(REPO, target, symlinks=True, ignore=shutil.ignore_patterns(*LOCAL))
     for link in LINKS:
         path = target / "legion_shm" / link
         assert path.is_symlink()
-        if links == "text files":
+        if links != "symlinks":
             path.unlink()
+        if links == "text files":
             path.write_text(f"../{link}", encoding="utf-8")
+        elif links == "empty folders":
+            path.mkdir()
     return target
 
 
@@ -44,7 +47,7 @@ def build(source: Path, out: Path, kind: str) -> Path:
     return out / done.stdout.split()[-1]
 
 
-@pytest.fixture(scope="module", params=["symlinks", "text files"])
+@pytest.fixture(scope="module", params=["symlinks", "text files", "empty folders"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("wheel")
     return build(checkout(base / "source", links=str(request.param)), base / "dist", "build_wheel")
@@ -121,7 +124,7 @@ def test_installed_wheel_makes_only_the_one_package_importable(wheel: Path, tmp_
         assert found[f"legion_shm.{link}"] == str(site / "legion_shm" / link / "__init__.py")
 
 
-@pytest.mark.parametrize("links", ["symlinks", "text files"])
+@pytest.mark.parametrize("links", ["symlinks", "text files", "empty folders"])
 def test_editable_install_imports_the_five_folders_in_place(tmp_path: Path, links: str) -> None:
     source = checkout(tmp_path / "source", links=links)
     site = tmp_path / "site"
