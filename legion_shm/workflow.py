@@ -10,8 +10,10 @@ an input given as ``[node id, slot]`` is a link to that node's output.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import marshal
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,9 @@ from legion_shm.errors import InvalidWorkflow
 __all__ = [
     "CHANNELS",
     "Channels",
+    "PreparedWorkflow",
     "Workflow",
+    "WorkflowCache",
     "check_inputs",
     "is_link",
     "load_workflow",
@@ -363,6 +367,56 @@ def check_inputs(channels: Channels, inputs: Mapping[str, object]) -> tuple[str,
     if channels.open_inputs:
         return ()
     return tuple(name for name in inputs if name not in channels.inputs)
+
+
+@dataclass(frozen=True)
+class PreparedWorkflow:
+    """A checked workflow as it is sent: its channels, its JSON bytes and their digest."""
+
+    channels: Channels
+    data: bytes
+    digest: bytes
+
+
+class WorkflowCache:
+    """Workflows prepared before, so that submitting one again checks and packs nothing. Thread-safe.
+
+    A dict is found by its marshalled bytes, which tell apart whatever `load_workflow` does (a tuple from a
+    list, 1 from True from "1"); text by itself. Files are read each time.
+    """
+
+    def __init__(self, *, entries: int = 128, max_bytes: int = 1 << 20) -> None:
+        self._entries, self._max_bytes = entries, max_bytes
+        self._kept: dict[bytes | str, PreparedWorkflow] = {}
+
+    def prepare(self, source: WorkflowSource) -> PreparedWorkflow:
+        """What `load_workflow`, `read_channels` and `pack_workflow` give. Raises InvalidWorkflow."""
+        key = self._key(source)
+        kept = None if key is None else self._kept.get(key)
+        if kept is not None:
+            return kept
+        workflow = load_workflow(source)
+        prepared = PreparedWorkflow(read_channels(workflow), *pack_workflow(workflow))
+        if key is not None:
+            while len(self._kept) >= self._entries:
+                with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # another thread was faster
+                    del self._kept[next(iter(self._kept))]
+            self._kept[key] = prepared
+        return prepared
+
+    def _key(self, source: WorkflowSource) -> bytes | str | None:
+        if type(source) is dict:
+            try:
+                key = marshal.dumps(cast("Any", source), _MARSHAL_VERSION)
+            except ValueError:  # something that is no plain value, or nested too deep
+                return None
+            return key if len(key) <= self._max_bytes else None
+        if type(source) is str and source[:1] == "{" and len(source) <= self._max_bytes:
+            return source
+        return None
+
+
+_MARSHAL_VERSION = 2  # later ones write whether two equal texts are one object
 
 
 def pack_workflow(workflow: Workflow) -> tuple[bytes, bytes]:

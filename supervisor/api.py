@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from legion_shm.clock import monotonic_s
 from legion_shm.config import JobOptions, SupervisorSettings, WorkerSpec
@@ -44,7 +44,7 @@ from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kin
 from legion_shm.transport.messages import Free
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
-from legion_shm.workflow import check_inputs, load_workflow, name_inputs, pack_workflow, read_channels
+from legion_shm.workflow import WorkflowCache, check_inputs, name_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,18 @@ _log = logging.getLogger("legion_shm.supervisor")
 _SNAPSHOT_WAIT_S = 5.0
 _CLOSE_SLACK_S = 10.0
 _FRAME_SLACK_BYTES = 4096
+_RESOLVED_FOR_S = 1.0
+_RECENT_SPECS = 256
 
 _open: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+
+
+class _RecentSpec(NamedTuple):
+    """Holds the spec, so that no other can have its identity."""
+
+    spec: WorkerSpec
+    pool: str
+    until_s: float
 
 
 class Supervisor:
@@ -84,6 +94,9 @@ class Supervisor:
         self._closed = False
         self._pending = 0
         self._pools: dict[str, WorkerSpec] = {}
+        self._workflows = WorkflowCache()
+        self._default_spec = WorkerSpec()
+        self._recent: dict[int, _RecentSpec] = {}
         base = Path(settings.runtime_dir) if settings.runtime_dir is not None else None
         segments, channel = _choose_segments(settings), _choose_channel(settings)
         sweep_stale(base)
@@ -125,20 +138,20 @@ class Supervisor:
         """
         self._check_open()
         submitted_s = monotonic_s()
+        if options.get("spec") is None:
+            options["spec"] = self._default_spec
         checked = JobOptions(**cast("dict[str, Any]", options))
-        prompt = load_workflow(workflow)
+        prepared = self._workflows.prepare(workflow)
         values = name_inputs(inputs)
-        unread = check_inputs(read_channels(prompt), values)
+        unread = check_inputs(prepared.channels, values)
         warnings = tuple(f"input {name!r} is read by no node of the workflow" for name in unread)
         for text in warnings:
             _log.warning("%s; inputs given: %s", text, ", ".join(values))
-        spec = resolve_spec(checked.spec)
-        pool = self._pool(spec)
-        data, digest = pack_workflow(prompt)
+        pool = self._pool_of(checked.spec, submitted_s)
         self._take_place()
         try:
             packed = self._memory.pack(values)
-            size = len(data) + sum(len(value[1]) for value in packed.values) + _FRAME_SLACK_BYTES
+            size = len(prepared.data) + sum(len(value[1]) for value in packed.values) + _FRAME_SLACK_BYTES
             if size > self.settings.max_message_bytes:
                 self._memory.discard_values(packed.values)
                 raise MessageTooLarge(
@@ -154,8 +167,8 @@ class Supervisor:
             feed=feed,
             options=checked,
             pool=pool,
-            workflow=data,
-            digest=digest,
+            workflow=prepared.data,
+            digest=prepared.digest,
             packed=packed,
             submitted_s=submitted_s,
             encoded_s=monotonic_s(),
@@ -193,6 +206,17 @@ class Supervisor:
     def _give_place(self) -> None:
         with self._lock:
             self._pending -= 1
+
+    def _pool_of(self, spec: WorkerSpec, now: float) -> str:
+        """The pool of a spec as it was written; looked up in the file system once a second at most."""
+        recent = self._recent.get(id(spec))
+        if recent is not None and recent.spec is spec and now < recent.until_s:
+            return recent.pool
+        pool = self._pool(resolve_spec(spec))
+        if len(self._recent) >= _RECENT_SPECS:
+            self._recent.clear()
+        self._recent[id(spec)] = _RecentSpec(spec, pool, now + _RESOLVED_FOR_S)
+        return pool
 
     def _pool(self, spec: WorkerSpec) -> str:
         key = spec.key

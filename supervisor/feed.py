@@ -50,6 +50,7 @@ class JobFeed:
         self._on_end = on_end
         self._pid = os.getpid()
         self._changed = threading.Condition()
+        self._ended = threading.Event()  # apart, so that news wake nobody who waits for the end alone
         self._history = _History(history)
         self._state: str = "queued"
         self._error: LegionError | None = None
@@ -92,6 +93,7 @@ class JobFeed:
             self._error, self._delivery = error, delivery
             self._history.append(JobEnded(self.job_id, self._history.end, now, state, error))
             self._state = state
+            self._ended.set()
             self._wake()
         self._on_end()
 
@@ -106,10 +108,8 @@ class JobFeed:
     def wait(self, timeout: float | None) -> LegionError | None:
         """Wait for the end: the job's error, or None. Raises TimeoutError."""
         self.check_process()
-        if not self.done():
-            with self._changed:
-                if not self._changed.wait_for(self.done, timeout):
-                    raise TimeoutError(f"job {self.job_id} is {self._state} after {timeout:g} s; it goes on")
+        if not self.done() and not self._ended.wait(timeout) and timeout is not None:
+            raise TimeoutError(f"job {self.job_id} is {self._state} after {timeout:g} s; it goes on")
         return self._error
 
     async def wait_async(self) -> None:

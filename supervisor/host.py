@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import io
 import logging
 import os
@@ -46,6 +47,7 @@ from legion_shm.transport.messages import (
     JobDone,
     LogRecord,
     Message,
+    NodeNotes,
     Ready,
     Released,
     RunJob,
@@ -95,8 +97,10 @@ class _Host:
     def __init__(self, config: HostConfig) -> None:
         self._config = config
         self._jobs = ClientChannel(config.endpoint, config.job_identity, max_bytes=config.max_message_bytes)
+        self._jobs_lock = threading.Lock()
         self._memory = WorkerMemory(config, self._send, self._receive_message)
-        self._control = ControlThread(config, self._memory)
+        self._control = ControlThread(config, self._memory, self._flush_slow_node)
+        self._events: Events | None = None
         self._engine: Engine | None = None
         self._prompts: dict[bytes, Workflow] = {}
         self._stopping = False
@@ -107,11 +111,28 @@ class _Host:
     # --- messages ---------------------------------------------------------------------------------
 
     def _send(self, message: Message) -> None:
-        self._jobs.send(encode_message(message, max_bytes=self._config.max_message_bytes))
+        frame = encode_message(message, max_bytes=self._config.max_message_bytes)
+        with self._jobs_lock:
+            self._jobs.send(frame)
+
+    def _send_notes(self) -> None:
+        """What nodes did and nobody was told yet. Called with the lock, which keeps reports in order."""
+        notes = None if self._events is None else self._events.take_notes()
+        if notes is not None:
+            self._jobs.send(encode_message(notes, max_bytes=self._config.max_message_bytes))
+
+    def _flush_slow_node(self) -> None:
+        """From the control thread, while a node runs. The lock hands the socket from thread to thread."""
+        if self._jobs_lock.acquire(blocking=False):
+            try:
+                self._send_notes()
+            finally:
+                self._jobs_lock.release()
 
     def _receive_message(self, timeout_s: float | None) -> Message | None:
         """The next message; those about memory are taken care of and come back all the same."""
-        frame = self._jobs.receive(timeout_s)
+        with self._jobs_lock:
+            frame = self._jobs.receive(timeout_s)
         if frame is None:
             return None
         message = decode_message(frame, max_bytes=self._config.max_message_bytes)
@@ -143,6 +164,7 @@ class _Host:
             return False
         self._control.engine = engine
         self._control.flush_logs(self._send)  # what was logged so far is no job's
+        gc.freeze()  # the libraries' hundred thousands of objects need not be looked at in each collection
         self._send(Ready(info.name, tuple(sorted(info.versions.items())), info.node_classes))
         return True
 
@@ -177,22 +199,26 @@ class _Host:
     # --- one job ----------------------------------------------------------------------------------
 
     def _run(self, message: RunJob) -> None:
-        self._control.busy_job = message.job
+        self._control.begin(message.job)
         with contextlib.suppress(BlockingIOError):  # unread for thousands of jobs
             os.write(self._config.begun_fd, f"{begun_mark(message.job, message.attempt)}\n".encode())
         try:
             reply = self._execute(message)
         finally:
-            self._control.busy_job = ""
+            self._control.end()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
         self._control.flush_logs(self._send)
         try:
+            if not isinstance(reply, JobDone):
+                with self._jobs_lock:
+                    self._send_notes()
             self._send(reply)
         except MessageTooLarge as error:
             self._memory.discard_result(message.job)
             if isinstance(reply, JobDone):
+                self._send(NodeNotes(reply.job, reply.attempt, reply.rows))
                 self._send(Released(reply.released))
             self._send(failure_reply(message, error))
         else:
@@ -211,18 +237,19 @@ class _Host:
             )
             del inputs
             decoded_us = _now_us()
-            events = Events(self.event, message.job, message.attempt)
+            events = self._events = Events(self.event, message.job, message.attempt)
             try:
                 outcome = self._require_engine().execute(request, events)
             finally:
                 if os.getpid() != self._pid:
                     os._exit(1)  # a node forked, and its child came back here: the sockets are not its own
-                events.flush()
             del request
             executed_us = _now_us()
             values = self._memory.encode_outputs(message.job, outcome.outputs, outcome.ui)
             counts = (outcome.executed, outcome.cached)
             del outcome  # what the job held is given back together with its result
+            with self._jobs_lock:  # what the control thread has in hand goes first
+                notes = events.take_notes()
             return JobDone(
                 message.job,
                 message.attempt,
@@ -233,6 +260,7 @@ class _Host:
                 executed_us,
                 _now_us(),
                 *counts,
+                () if notes is None else notes.rows,
             )
         except JobCancelled:
             return JobCancelledReply(message.job, message.attempt)
@@ -262,13 +290,15 @@ class _Host:
     def log(self, record: LogRecord) -> None:
         if threading.current_thread() is threading.main_thread():
             with contextlib.suppress(Exception):
-                self._send(record)
+                self.event(record)
                 return
         self._control.log(record)
 
     def event(self, message: Message) -> None:
         """From the main thread at once and in order; from others by way of the control thread."""
         if threading.current_thread() is threading.main_thread():
+            with self._jobs_lock:
+                self._send_notes()
             self._send(message)
         else:
             self._control.post(message)

@@ -11,11 +11,13 @@ import contextlib
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import InvalidHandle
 from legion_shm.supervisor.engine import Engine
+from legion_shm.supervisor.host_reports import REPORT_INTERVAL_S
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
@@ -24,20 +26,38 @@ from legion_shm.transport.messages import Cancel, Heartbeat, Hello, LogRecord, M
 
 __all__ = ["ControlThread"]
 
+_ACTIVE_S = 1.0  # for so long after a job it keeps its quick pace
 _IDLE_WAIT_S = 0.25  # its own pace while nothing is viewed and nothing runs
 
 
 class ControlThread(threading.Thread):
     """Its socket is its own; other threads reach it through bounded queues."""
 
-    def __init__(self, config: HostConfig, memory: WorkerMemory) -> None:
+    def __init__(self, config: HostConfig, memory: WorkerMemory, flush_slow_node: Callable[[], None]) -> None:
         super().__init__(name="legion-control", daemon=True)
-        self._config, self._memory = config, memory
+        self._config, self._memory, self._flush_slow_node = config, memory, flush_slow_node
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+        self._slow = False
+        self._active_until_s = 0.0
         self._posted: deque[Message] = deque(maxlen=10_000)
         self._logs: deque[LogRecord] = deque(maxlen=1_000)
         self._stop_wanted = threading.Event()
         self.engine: Engine | None = None
         self.busy_job = ""
+
+    def begin(self, job: str) -> None:
+        """From the main thread, at a job's begin: what its nodes report must not wait for a slow beat."""
+        self.busy_job = job
+        if self._slow:
+            self._slow = False
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._wake_w, b"\0")
+
+    def end(self) -> None:
+        self.busy_job = ""
+        self._active_until_s = monotonic_s() + _ACTIVE_S
 
     def post(self, message: Message) -> None:
         self._posted.append(message)
@@ -65,6 +85,7 @@ class ControlThread(threading.Thread):
         def send(message: Message) -> None:
             channel.send(encode_message(message, max_bytes=config.max_message_bytes))
 
+        channel.watch(self._wake_r)
         process = psutil.Process()
         try:
             send(Hello(config.worker, config.token, "control", os.getpid()))
@@ -76,10 +97,11 @@ class ControlThread(threading.Thread):
                     next_beat_s = now + config.heartbeat_interval_s
                     rss = process.memory_info().rss
                     send(Heartbeat(beats, rss, self._memory.arena_bytes(), self.busy_job))
-                busy = self.busy_job or self._posted or self._memory.live_views()
-                frame = channel.receive(
-                    min(next_beat_s - now, config.lease_flush_s if busy else _IDLE_WAIT_S)
-                )
+                frame = channel.receive(min(next_beat_s - now, self._pace_s(now)))
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_r, 64)
+                if self.busy_job:
+                    self._flush_slow_node()
                 if frame is not None:
                     self._take(decode_message(frame, max_bytes=config.max_message_bytes))
                 released = self._memory.drain_released()
@@ -90,6 +112,15 @@ class ControlThread(threading.Thread):
             self._flush(send)
         finally:
             channel.close()
+
+    def _pace_s(self, now: float) -> float:
+        """Quick while jobs come, so that `begin` need not wake this thread for each of them."""
+        if not (self.busy_job or self._posted or now < self._active_until_s):
+            self._slow = True
+            if not self.busy_job:  # looked at again, for it may have begun just before it could see that
+                return self._config.lease_flush_s if self._memory.live_views() else _IDLE_WAIT_S
+        self._slow = False
+        return REPORT_INTERVAL_S
 
     def _flush(self, send: Any) -> None:
         while self._posted:

@@ -34,9 +34,9 @@ from legion_shm.transport.messages import (
     RunJob,
 )
 
-__all__ = ["Events", "LogHandler", "failure_reply"]
+__all__ = ["REPORT_INTERVAL_S", "Events", "LogHandler", "failure_reply"]
 
-_PROGRESS_INTERVAL_S = 0.02  # fifty bars a second is more than anyone sees
+REPORT_INTERVAL_S = 0.02  # fifty bars a second is more than anyone sees
 _LOG_TEXT_MAX = 8192
 _PREVIEW_SIDE = 512
 
@@ -82,28 +82,30 @@ class Events:
     def __init__(self, send: Callable[[Message], None], job: str, attempt: int) -> None:
         self._send, self._job, self._attempt = send, job, attempt
         self._last_s = 0.0
+        self._taken_s = monotonic_s()
         self._lock = threading.Lock()
         self._held: list[tuple[str, str, str]] = []
 
     def node(self, node_id: str, class_type: str, status: NodeStatus) -> None:
-        """The next node starts right after one has finished, so the two go in one message."""
+        """Quick nodes share a message; while one takes long, the control thread sends what is held here."""
         with self._lock:
             self._held.append((node_id, class_type, status))
-            if status == "started":
-                self._send_held()
+            late = status == "started" and monotonic_s() - self._taken_s > REPORT_INTERVAL_S
+        if late:
+            notes = self.take_notes()
+            if notes is not None:
+                self._send(notes)
 
-    def flush(self) -> None:
+    def take_notes(self) -> NodeNotes | None:
+        """What has not been sent yet, to be sent now."""
         with self._lock:
-            if self._held:
-                self._send_held()
-
-    def _send_held(self) -> None:
-        rows, self._held = tuple(self._held), []
-        self._send(NodeNotes(self._job, self._attempt, rows))
+            rows, self._held = tuple(self._held), []
+            self._taken_s = monotonic_s()
+        return NodeNotes(self._job, self._attempt, rows) if rows else None
 
     def progress(self, node_id: str | None, value: float, total: float) -> None:
         now = monotonic_s()
-        if value < total and now - self._last_s < _PROGRESS_INTERVAL_S:
+        if value < total and now - self._last_s < REPORT_INTERVAL_S:
             return
         self._last_s = now
         self._send(ProgressNote(self._job, self._attempt, node_id, float(value), float(total)))

@@ -201,13 +201,10 @@ class Inbox:
             submission.feed.emit(make, now)
 
     def _node(self, worker: WorkerIO, message: NodeNotes, now: float) -> None:
-        for _, _, status in message.rows:
-            if status not in ("started", "finished", "cached"):
-                raise ProtocolError(f"a node's status is {status!r}")
+        _check_rows(message)
         submission = self._running(worker, message.job, message.attempt)
         if submission is not None:
-            for node_id, class_type, status in message.rows:
-                submission.feed.emit(partial(_node_event, node_id, class_type, status), now)
+            _emit_rows(submission, message, now)
 
     def _progress(self, worker: WorkerIO, message: ProgressNote, now: float) -> None:
         self._emit(
@@ -226,12 +223,14 @@ class Inbox:
         )
 
     def _done(self, worker: WorkerIO, message: JobDone, now: float) -> None:
+        _check_rows(message)
         self.output(worker, now)
         submission = self._running(worker, message.job, message.attempt)
         if submission is None:
             self._lending.refuse_result(worker, message)
             return
         self._lending.take_result(worker, message)
+        _emit_rows(submission, message, now)
         stats = stats_from(
             submission,
             message,
@@ -251,6 +250,17 @@ class Inbox:
         outcome: TerminalState = "failed" if isinstance(message, JobFailedReply) else "cancelled"
         error = error_from(message, worker.id)
         self._handle(JobReplied(worker.id, message.job, message.attempt, outcome, error), now)
+
+
+def _check_rows(message: NodeNotes | JobDone) -> None:
+    for _, _, status in message.rows:
+        if status not in ("started", "finished", "cached"):
+            raise ProtocolError(f"a node's status is {status!r}")
+
+
+def _emit_rows(submission: Submission, message: NodeNotes | JobDone, now: float) -> None:
+    for node_id, class_type, status in message.rows:
+        submission.feed.emit(partial(_node_event, node_id, class_type, status), now)
 
 
 def _node_event(node_id: str, class_type: str, status: Any, job: str, seq: int, time_s: float) -> NodeEvent:

@@ -40,6 +40,7 @@ from typing import Any, Literal, cast
 
 from legion_shm.errors import StartupError
 from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
+from legion_shm.supervisor.worker_env import with_tunables
 from legion_shm.transport.channel import Endpoint
 
 __all__ = ["HostConfig", "WorkerProcess", "current_dir", "environment_with", "spawn_worker"]
@@ -327,7 +328,7 @@ def spawn_worker(
             executable=executable,
             flags=tuple(subprocess._args_from_interpreter_flags()) if same else (),  # type: ignore[attr-defined]
             own_path=_own_path(executable),
-            env=environment_with(env),
+            env=with_tunables(environment_with(env)),
             working_dir=working_dir or current_dir(),
             stdout=out_w,
             stderr=err_w,

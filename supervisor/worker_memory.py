@@ -101,8 +101,11 @@ class WorkerMemory:
     def encode_outputs(
         self, job: str, outputs: Mapping[str, object], ui: Mapping[str, Mapping[str, object]]
     ) -> Values:
-        """All outputs, then the nodes' reports as a last value named `REPORT`; kept until accepted."""
+        """All outputs, then what nodes reported, if any, as a value named `REPORT`; kept until accepted."""
         packed = pack(outputs, self)
+        if not ui:
+            self._kept[job] = packed
+            return packed.values
         try:
             report = pack({REPORT: {node: dict(entry) for node, entry in ui.items()}}, self)
         except BaseException:

@@ -135,9 +135,10 @@ class PreviewNote(Message):
 
 @dataclass(frozen=True)
 class JobDone(Message):
-    """The job's outputs and, as the last value, what its output nodes reported.
+    """The job's outputs and, as the last value where there is one, what its output nodes reported.
 
-    ``released``: deliveries that ended with the job. Times are monotonic microseconds: message received,
+    ``rows``: what nodes did, as in `NodeNotes`, since the last of these. ``released``: deliveries that ended
+    with the job. Times are monotonic microseconds: message received,
     inputs decoded, nodes run, outputs encoded.
     """
 
@@ -152,6 +153,7 @@ class JobDone(Message):
     encoded_us: int
     nodes_executed: int
     nodes_cached: int
+    rows: NodeRows = ()
 
 
 @dataclass(frozen=True)

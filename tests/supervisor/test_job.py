@@ -126,8 +126,9 @@ def blocked(rig: Rig, readers: int = 1) -> None:
     timer.start()
     try:
         while not deadline.is_set():
-            with rig.feed._changed:
-                if len(rig.feed._changed._waiters) >= readers:  # type: ignore[attr-defined]
+            waiting: Any = (rig.feed._changed, rig.feed._ended._cond)  # type: ignore[attr-defined]
+            with waiting[0], waiting[1]:
+                if sum(len(condition._waiters) for condition in waiting) >= readers:
                     return
         raise AssertionError("nobody waits")
     finally:

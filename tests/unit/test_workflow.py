@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from legion_shm.errors import InvalidWorkflow
 from legion_shm.workflow import (
     Channels,
+    WorkflowCache,
     check_inputs,
     is_link,
     load_workflow,
@@ -429,3 +430,26 @@ def test_any_text_can_be_packed() -> None:
     flow = load_workflow({"1": node("Text", text="caf\u00e9 \ud800 \U0001f600")})
     data, _ = pack_workflow(flow)
     assert json.loads(data.decode("utf-8", "surrogatepass")) == flow
+
+
+def test_a_workflow_prepared_before_is_found_by_what_it_says_and_not_by_which_object_it_is() -> None:
+    cache = WorkflowCache(entries=2)
+    first = cache.prepare({"1": {"class_type": "LegionInput", "inputs": {"name": "a", "default": 1}}})
+    again = cache.prepare({"1": {"class_type": "LegionInput", "inputs": {"name": "a", "default": 1}}})
+    assert again is first
+    changing: dict[str, Any] = {"1": {"class_type": "LegionInput", "inputs": {"name": "a", "default": 1}}}
+    for default in (True, 1.0, "1", [1], None):
+        changing["1"]["inputs"]["default"] = default
+        other = cache.prepare(changing)
+        assert other.digest == pack_workflow(load_workflow(changing))[1]
+        assert other.digest != first.digest
+    assert cache.prepare('{"1": {"class_type": "A"}}').data == cache.prepare({"1": {"class_type": "A"}}).data
+
+
+def test_a_workflow_that_is_refused_is_refused_each_time() -> None:
+    cache = WorkflowCache()
+    for _ in range(2):
+        with pytest.raises(InvalidWorkflow, match="is not in the workflow"):
+            cache.prepare({"1": {"class_type": "A", "inputs": {"x": ["2", 0]}}})
+    with pytest.raises(InvalidWorkflow, match="is not a JSON value"):
+        cache.prepare({"1": {"class_type": "A", "inputs": {"x": object()}}})

@@ -1,0 +1,40 @@
+"""What a worker's environment gets beside the caller's own settings, because it is read at exec only.
+
+Owns the merging of glibc's tunables. It changes no variable's meaning for the user: what the environment or
+`WorkerSpec.env` says already stays.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+
+__all__ = ["NON_TEMPORAL_BYTES", "runs_on_glibc", "with_tunables"]
+
+NON_TEMPORAL_BYTES = 0x200000
+"""From this size on memcpy bypasses the cache. glibc's own threshold grows with the shared cache, and can
+exceed every tensor; copies into shared memory, which another core reads, then cost a third more."""
+
+_TUNABLE = "glibc.cpu.x86_non_temporal_threshold"
+
+
+def runs_on_glibc() -> bool:
+    """Whether this interpreter's C library is glibc; workers are taken to have the same."""
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+def with_tunables(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment with the threshold added to GLIBC_TUNABLES, where glibc on x86 knows it.
+
+    A value that is there already, of the user's or of ours, is left alone.
+    """
+    if platform.machine() not in ("x86_64", "i686") or not runs_on_glibc():
+        return dict(env)
+    present = [part for part in env.get("GLIBC_TUNABLES", "").split(":") if part]
+    if any(part.partition("=")[0] == _TUNABLE for part in present):
+        return dict(env)
+    return {**env, "GLIBC_TUNABLES": ":".join((*present, f"{_TUNABLE}={NON_TEMPORAL_BYTES:#x}"))}
