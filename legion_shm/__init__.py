@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from legion_shm.supervisor.job import Job
     from legion_shm.supervisor.result import JobStats, Result, Transfer
     from legion_shm.supervisor.state import WorkerInfo
+    from legion_shm.transport.codec_registry import ValueType, register_codec
     from legion_shm.workflow import load_workflow
 
 __version__ = "0.1.0"
@@ -95,6 +96,7 @@ __all__ = [
     "SupervisorSettings",
     "Transfer",
     "UnsupportedValue",
+    "ValueType",
     "WorkerInfo",
     "WorkerLost",
     "WorkerSpec",
@@ -102,6 +104,7 @@ __all__ = [
     "current_job",
     "load_workflow",
     "progress",
+    "register_codec",
 ]
 
 _MODULES = {
@@ -144,6 +147,7 @@ _MODULES = {
     "legion_shm.supervisor.job": ("Job",),
     "legion_shm.supervisor.result": ("JobStats", "Result", "Transfer"),
     "legion_shm.supervisor.state": ("WorkerInfo",),
+    "legion_shm.transport.codec_registry": ("ValueType", "register_codec"),
     "legion_shm.workflow": ("load_workflow",),
 }
 _EXPORTS = {name: module for module, names in _MODULES.items() for name in names}

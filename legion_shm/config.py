@@ -112,12 +112,15 @@ class WorkerSpec(_Settings):
     ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
     ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
     ``sys.path``. A ``python_executable`` other than ours needs legion_shm installed in it.
+    ``codec_modules`` are importable names of modules that the worker imports for the classes of values and
+    their codecs (`register_codec`).
     """
 
     title: ClassVar[str] = "WorkerSpec"
 
     engine: Literal["auto", "graph", "comfy"] = "auto"
     node_modules: Sequence[str] = ()
+    codec_modules: Sequence[str] = ()
     env: Mapping[str, str] = Field(default_factory=dict[str, str], repr=False)  # may hold secrets
     python_path: Sequence[str] = ()
     python_executable: str | None = None
@@ -129,13 +132,21 @@ class WorkerSpec(_Settings):
     idle_timeout_s: Seconds | None = None
     max_jobs_per_life: int | None = Field(default=None, ge=1)
 
-    @field_validator("node_modules", "python_path", mode="before")
+    @field_validator("node_modules", "codec_modules", "python_path", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         if isinstance(value, (str, os.PathLike)):
             return (_path_text(cast("object", value)),)
         if isinstance(value, Sequence):
             return tuple(_path_text(item) for item in cast("Sequence[object]", value))
+        return value
+
+    @field_validator("codec_modules")
+    @classmethod
+    def _dotted_names(cls, value: Sequence[str]) -> Sequence[str]:
+        for name in value:
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise ValueError(f"{name!r} is not the name of an importable module, such as my_pack.codecs")
         return value
 
     @field_validator("extra_args", mode="before")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib
 import io
 import logging
 import os
@@ -38,6 +39,7 @@ from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_io import begun_mark
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
+from legion_shm.transport.codec import RECORDS, VALUE_TYPES
 from legion_shm.transport.frames import decode_message, encode_message
 from legion_shm.transport.messages import (
     HANDLES_MAX,
@@ -91,6 +93,14 @@ def _make_engine(config: HostConfig) -> Engine:
     from legion_shm.supervisor.graph import GraphEngine
 
     return GraphEngine(node_modules=config.node_modules)
+
+
+def _load_codecs(config: HostConfig) -> None:
+    """After the engine, so that what a module imports finds it settled."""
+    VALUE_TYPES.place = f"worker {config.worker}"
+    RECORDS.allow(config.codec_modules)
+    for module in config.codec_modules:
+        importlib.import_module(module)
 
 
 class _Host:
@@ -158,6 +168,7 @@ class _Host:
             engine = _make_engine(config)
             self._engine = engine
             info = engine.start()
+            _load_codecs(config)
         except BaseException as error:
             text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
             self._send(StartFailed(f"{type(error).__name__}: {error}", text[-32768:]))

@@ -66,6 +66,7 @@ class HostConfig:
     segments: Literal["memfd", "portable"]
     engine: Literal["graph", "comfy"]
     node_modules: tuple[str, ...]
+    codec_modules: tuple[str, ...]
     comfyui_path: str | None
     extra_args: tuple[str, ...]
     python_path: tuple[str, ...]

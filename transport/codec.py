@@ -6,7 +6,8 @@
 Lossless: classes are kept exactly, tensors and arrays keep dtype, shape, strides and what they share;
 what can't travel raises `UnsupportedValue` with its path, before anything is reserved. Decoding is
 strict and bounded. The codec owns no memory: blocks come from a `BlockStore` and leases are its
-caller's. It never pickles, and imports torch and numpy only for values that hold something of theirs.
+caller's. Classes beyond the builtin ones are codec_registry.py's. It imports torch and numpy only for
+values that hold something of theirs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from collections.abc import Sequence
 
 from legion_shm.errors import ProtocolError, UnsupportedValue
 from legion_shm.transport.codec_blocks import discard_all, write_groups
+from legion_shm.transport.codec_builtins import Builtins
 from legion_shm.transport.codec_layout import cluster
+from legion_shm.transport.codec_objects import Records
 from legion_shm.transport.codec_plan import Planner
+from legion_shm.transport.codec_plugins import Plugins
 from legion_shm.transport.codec_read import Reader
+from legion_shm.transport.codec_registry import (
+    VALUE_TYPES,
+    CodecSource,
+    ValueType,
+    ValueTypes,
+    register_codec,
+)
 from legion_shm.transport.codec_types import (
     BlockStore,
     DecodeLimits,
@@ -29,15 +40,15 @@ from legion_shm.transport.codec_types import (
     EncodedValue,
     ReservedBlock,
     TransferStats,
-    ValueType,
-    ValueTypes,
 )
 from legion_shm.transport.codec_wire import DEPTH_CEILING, Refusal, pack_tree, unpack_tree
 from legion_shm.transport.handles import BlockHandle
 
 __all__ = [
+    "RECORDS",
     "VALUE_TYPES",
     "BlockStore",
+    "CodecSource",
     "DecodeLimits",
     "DevicePolicy",
     "DeviceResolver",
@@ -48,11 +59,16 @@ __all__ = [
     "ValueTypes",
     "decode",
     "encode",
+    "register_codec",
     "value_identity",
 ]
 
-VALUE_TYPES = ValueTypes()
-"""The classes registered in this process; what `encode` and `decode` use unless told otherwise."""
+RECORDS = Records()
+"""Enums, named tuples, dataclasses, attrs and pydantic classes of this process; `allow` modules here."""
+
+VALUE_TYPES.add_source(Builtins())
+VALUE_TYPES.add_source(RECORDS)
+VALUE_TYPES.add_source(Plugins(VALUE_TYPES))
 
 _LIMITS = DecodeLimits()
 _DEVICES = DevicePolicy()
@@ -102,6 +118,7 @@ def encode(
         owned=tuple(written.owned),
         stats=written.stats(planner.tensors),
         keepalive=tuple(written.referenced),
+        noted=tuple(planner.noted),
     )
 
 
@@ -119,8 +136,8 @@ def decode(
 
     Each block is viewed exactly once, first of all, so that its lease ends whatever the tree holds.
     Raises `ProtocolError` (`InvalidHandle`, `StaleHandle`) for anything that `encode` doesn't write,
-    and `UnsupportedValue` for a tensor of a device that this process hasn't, unless ``devices`` allows
-    the CPU.
+    and `UnsupportedValue` for what this process hasn't: a class or its codec, or a tensor's device, unless
+    ``devices`` allows the CPU.
     """
     try:
         return _decode(tree, blocks, store, path, limits, devices, types)

@@ -30,14 +30,9 @@ _SHARE_WORK = 100_000  # of numpy's exact solver, some milliseconds at most
 
 
 def plan_handler(kind: type) -> Handler | None:
-    """How to plan a value of that class; None when it is not numpy's. Raises `Refusal` for a subclass."""
+    """How to plan a value of that class; None when it is not numpy's, also for a subclass of an array."""
     if kind is np.ndarray:
         return _plan_array
-    if issubclass(kind, np.ndarray):
-        raise Refusal(
-            f"{kind.__module__}.{kind.__qualname__} is a subclass of numpy.ndarray and would arrive as a "
-            f"plain one; pass numpy.asarray(...), or register a ValueType for the class"
-        )
     if kind is np.str_:
         return _plan_str
     if kind is np.bytes_:
@@ -96,7 +91,7 @@ def _plan_scalar(planner: Planner, value: Any, _depth: int, _hashed: bool) -> No
     if dtype.type is not kind:
         raise Refusal(
             f"{kind.__module__}.{kind.__qualname__} is a subclass of a numpy scalar; "
-            f"pass .item(), or register a ValueType for the class"
+            f"pass .item(), or register a codec for it (legion_shm.register_codec)"
         )
     planner.tokens.append([wire.SCALAR, describe_dtype(dtype), value.tobytes()])
 

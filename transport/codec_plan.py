@@ -10,15 +10,16 @@ own types; numpy's are codec_arrays.py's, torch's tensors.py's.
 from __future__ import annotations
 
 import ctypes
-import enum
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from legion_shm.errors import LegionError
 from legion_shm.transport import codec_wire as wire
 from legion_shm.transport.codec_layout import Region
-from legion_shm.transport.codec_types import DecodeLimits, DevicePolicy, ValueTypes
+from legion_shm.transport.codec_registry import ValueType, ValueTypes, class_name
+from legion_shm.transport.codec_types import DecodeLimits, DevicePolicy
 from legion_shm.transport.codec_wire import Refusal, Token
 
 __all__ = ["Handler", "Planner"]
@@ -45,6 +46,7 @@ class Planner:
         "finished",
         "inline_max_bytes",
         "limits",
+        "noted",
         "regions",
         "tensors",
         "tokens",
@@ -73,6 +75,7 @@ class Planner:
         self._seen: dict[int, int] = {}
         self._alive: list[object] = []
         self.finished = 0
+        self.noted: list[object] = []
 
     def node(self, value: object, depth: int, hashed: bool = False) -> None:
         kind = type(value)
@@ -137,40 +140,58 @@ class Planner:
             raise Refusal(f"more than {self.limits.max_items} items in one value; send an array or a tensor")
 
     def _foreign(self, kind: type) -> Handler:
-        if self.types.by_class(kind) is not None:
+        if self.types.exact(kind) is not None:
             return _plan_extension
-        handler = None
-        # A value of a library's class exists only where that library is loaded.
-        if "torch" in sys.modules:
-            from legion_shm.transport import tensors
-
-            handler = tensors.plan_handler(kind)
-        if handler is None and "numpy" in sys.modules:
-            from legion_shm.transport import codec_arrays
-
-            handler = codec_arrays.plan_handler(kind)
+        handler = _library_handler(kind)
         if handler is None:
-            raise Refusal(_reason(kind))
+            try:
+                known = self.types.by_class(kind)
+            except LookupError as error:
+                raise Refusal(str(error)) from None
+            if known is None:
+                raise Refusal(_reason(kind))
+            handler = _plan_extension
         return handler
 
 
-def _class_name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+_library: dict[type, Handler] = {}
+
+
+def _library_handler(kind: type) -> Handler | None:
+    """How torch's or numpy's own classes are planned. One exists only where its library is loaded."""
+    handler = _library.get(kind)
+    if handler is None and "torch" in sys.modules:
+        from legion_shm.transport import tensors
+
+        handler = tensors.plan_handler(kind)
+    if handler is None and "numpy" in sys.modules:
+        from legion_shm.transport import codec_arrays
+
+        handler = codec_arrays.plan_handler(kind)
+    if handler is not None:
+        _library[kind] = handler
+    return handler
+
+
+_PLAINER = {
+    "Tensor": "pass .as_subclass(torch.Tensor) or its parts",
+    "ndarray": "pass numpy.asarray(...)",
+}
 
 
 def _reason(kind: type) -> str:
-    name = _class_name(kind)
-    if issubclass(kind, enum.Enum):
-        return f"a member of the enum {name} has no codec; send its .value, or register a ValueType"
-    for base in _BASES:
-        if issubclass(kind, base):
+    name = class_name(kind)
+    advice = "register a codec for it in both processes (legion_shm.register_codec)"
+    for base in kind.__mro__[1:]:
+        if base in _BASES or base.__name__ in _PLAINER:
+            plainer = _PLAINER.get(base.__name__, f"pass {base.__name__}(...)")
             return (
-                f"{name} is a subclass of {base.__name__} and would arrive as a plain one; "
-                f"pass {base.__name__}(...), or register a ValueType for the class"
+                f"{name} is a subclass of {class_name(base)} and would arrive as a plain one; "
+                f"{plainer}, or {advice}"
             )
     return (
-        f"{name} has no codec; send plain data (numbers, texts, lists, dicts, arrays, tensors), "
-        f"or register a ValueType for the class"
+        f"{name} has no codec; send plain data (numbers, texts, lists, dicts, arrays, tensors, dataclasses), "
+        f"or {advice}"
     )
 
 
@@ -347,12 +368,31 @@ def _plan_extension(planner: Planner, value: object, depth: int, hashed: bool) -
         return
     value_type = planner.types.by_class(type(value))
     assert value_type is not None
+    if hashed and not value_type.hashable:
+        raise Refusal(f"{class_name(type(value))} has a hash of its own, and can't be in a key or in a set")
+    if value_type.noted:
+        planner.noted.append(value)
     planner.tokens.append([wire.EXTENSION, value_type.name])
-    state = value_type.reduce(value)
+    state = _reduced(value_type, value)
     planner.hold(state)
-    planner.child(state, depth, f".<{value_type.name}>", hashed)
+    try:
+        planner.node(state, depth + 1, hashed)
+    except Refusal as refusal:
+        refusal.rename_step(value_type.step)
+        raise
     if not hashed:
         planner.end(value)
+
+
+def _reduced(value_type: ValueType, value: object) -> object:
+    try:
+        return value_type.reduce(value)
+    except Refusal:
+        raise
+    except LegionError as error:
+        raise Refusal(str(error)) from error
+    except Exception as error:
+        raise Refusal(f"this {class_name(type(value))} can't be sent: {error}") from error
 
 
 _HANDLERS: dict[type, Handler] = {

@@ -3,7 +3,7 @@
     tokens + blocks' views ── Reader.read() ──▶ value
 
 Strict and bounded: whatever the tokens hold, nothing but `ProtocolError` (or its subclasses) comes out,
-and `Refusal` for a device that this process hasn't. Owns Python's own types; numpy's are
+and `Refusal` for a device or a class that this process hasn't. Owns Python's own types; numpy's are
 codec_arrays.py's, torch's tensors.py's, loaded when their first token is met.
 """
 
@@ -13,9 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from legion_shm.errors import InvalidHandle, ProtocolError
+from legion_shm.errors import InvalidHandle, ProtocolError, UnsupportedValue
 from legion_shm.transport import codec_wire as wire
-from legion_shm.transport.codec_types import DecodeLimits, DevicePolicy, ValueTypes
+from legion_shm.transport.codec_registry import ValueType, ValueTypes
+from legion_shm.transport.codec_types import DecodeLimits, DevicePolicy
 from legion_shm.transport.codec_wire import Refusal, Token, is_list, is_list_of
 from legion_shm.transport.handles import BlockHandle
 
@@ -331,19 +332,42 @@ def _read_payload(reader: Reader, token: Token, _depth: int, _hashed: bool) -> A
 def _read_extension(reader: Reader, token: Token, depth: int, hashed: bool) -> Any:
     reader.enter(depth)
     (name,) = fields(token, 1)
-    value_type = reader.types.by_name(name) if type(name) is str else None
-    if value_type is None:
-        raise ProtocolError(f"no ValueType {name!r:.60} is registered in this process")
-    state = reader.child(depth, f".<{name}>", hashed)
+    if type(name) is not str:
+        raise ProtocolError("a class without a name")
+    value_type = _known(reader, name)
+    if hashed and not value_type.hashable:
+        raise ProtocolError(f"{name:.100}: what has a hash of its own can't be in a key or a set")
+    try:
+        state = reader.node(depth + 1, hashed)
+    except Refusal as refusal:
+        refusal.rename_step(value_type.step)
+        raise
     try:
         value = value_type.rebuild(state)
+    except UnsupportedValue as error:
+        raise Refusal(str(error)) from error
     except Exception as error:
         raise ProtocolError(f"{name}: what was sent makes no {value_type.cls.__name__}: {error!r}") from error
-    if type(value) is not value_type.cls:
+    if type(value) is not value_type.cls and value_type.cls is not object:
         raise ProtocolError(f"{name}: rebuilding gave a {type(value).__name__}")
     if not hashed:
         reader.note_extension()
     return reader.finish(value, hashed)
+
+
+def _known(reader: Reader, name: str) -> ValueType:
+    types = reader.types
+    try:
+        found = types.by_name(name)
+        reason = f"no codec of that name is registered in {types.place}"
+    except LookupError as error:
+        found, reason = None, f"{types.place} can't rebuild it: {error}"
+    if found is None:
+        raise Refusal(
+            f"{name!r:.200} was sent, but {reason}; install the package (or load the module) that has this "
+            "class and its codec there too, e.g. by WorkerSpec.codec_modules"
+        )
+    return found
 
 
 _HANDLERS: dict[int, ReadHandler] = {

@@ -6,7 +6,6 @@ memory, torch or numpy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,8 +19,6 @@ __all__ = [
     "EncodedValue",
     "ReservedBlock",
     "TransferStats",
-    "ValueType",
-    "ValueTypes",
 ]
 
 
@@ -81,7 +78,8 @@ class EncodedValue:
     """A value on its way: ``tree`` refers to ``blocks`` by index.
 
     ``owned[i]`` is True where this encode reserved the block, False where it exists already and is
-    only referred to. ``keepalive`` is to be held until the leases on the blocks are registered.
+    only referred to. ``keepalive`` is to be held until the leases on the blocks are registered. ``noted``
+    are the instances in it of classes whose `ValueType` is ``noted``.
     """
 
     tree: bytes
@@ -89,6 +87,7 @@ class EncodedValue:
     owned: tuple[bool, ...]
     stats: TransferStats
     keepalive: tuple[object, ...] = field(default=(), repr=False, compare=False)
+    noted: tuple[object, ...] = field(default=(), repr=False, compare=False)
 
     def discard(self, store: BlockStore) -> None:
         """Give back the blocks that were reserved for this value, when it won't be sent after all."""
@@ -137,44 +136,3 @@ class DevicePolicy:
 
     allow_cpu: bool = False
     resolver: DeviceResolver | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ValueType:
-    """How instances of exactly ``cls`` cross: as the state that ``reduce`` makes of one.
-
-    The state is any value that the codec carries; ``rebuild`` makes an equal instance of it. ``name``
-    stands for the class on the wire and is registered on both sides.
-    """
-
-    name: str
-    cls: type
-    reduce: Callable[[Any], object]
-    rebuild: Callable[[Any], object]
-
-
-class ValueTypes:
-    """The registered classes of a process, beyond those that the codec knows by itself."""
-
-    def __init__(self, *value_types: ValueType) -> None:
-        self._by_class: dict[type, ValueType] = {}
-        self._by_name: dict[str, ValueType] = {}
-        for value_type in value_types:
-            self.register(value_type)
-
-    def register(self, value_type: ValueType) -> None:
-        """Add one. The same one twice is fine; another for its class or its name raises ValueError."""
-        for known in (self._by_class.get(value_type.cls), self._by_name.get(value_type.name)):
-            if known is not None and known != value_type:
-                raise ValueError(
-                    f"{value_type.name!r} for {value_type.cls.__qualname__}: "
-                    f"already registered as {known.name!r} for {known.cls.__qualname__}"
-                )
-        self._by_class[value_type.cls] = value_type
-        self._by_name[value_type.name] = value_type
-
-    def by_class(self, cls: type) -> ValueType | None:
-        return self._by_class.get(cls)
-
-    def by_name(self, name: str) -> ValueType | None:
-        return self._by_name.get(name)

@@ -13,6 +13,7 @@ Owns tags, version and limits of the tokens. It never interprets a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final, cast
 
@@ -99,6 +100,11 @@ class Refusal(Exception):
 
     def add_step(self, step: str) -> None:
         self._steps.append(step)
+
+    def rename_step(self, rename: Callable[[str], str]) -> None:
+        """Change the step that was added last, or add one to none."""
+        last = self._steps.pop() if self._steps else ""
+        self._steps.append(rename(last))
 
     def path(self, root: str) -> str:
         return root + "".join(reversed(self._steps))

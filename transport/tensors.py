@@ -85,14 +85,8 @@ TORCH_DEVICES = TorchDevices()
 
 
 def plan_handler(kind: type) -> Handler | None:
-    """How to plan a value of that class; None when it is not torch's. Raises `Refusal` for a subclass."""
-    handler = _PLANNERS.get(kind)
-    if handler is None and issubclass(kind, torch.Tensor):
-        raise Refusal(
-            f"{kind.__module__}.{kind.__qualname__} is a subclass of torch.Tensor and would arrive as "
-            f"a plain one; pass .as_subclass(torch.Tensor) or its parts, or register a ValueType"
-        )
-    return handler
+    """How to plan a value of that class; None when it is not torch's, also for a subclass of Tensor."""
+    return _PLANNERS.get(kind)
 
 
 def read_handler(tag: int) -> ReadHandler | None:

@@ -40,6 +40,8 @@ def test_the_examples_are_those_that_are_tested() -> None:
         "web_service",
         "own_nodes",
         "my_nodes",
+        "own_codec",
+        "my_curves",
         "notebook_session",
     }
     assert "examples/" in text("README.md")

@@ -51,6 +51,14 @@ def test_own_node_classes_run_and_report_their_errors() -> None:
     assert "node 2 (Vignette)" in output
 
 
+def test_a_class_of_ones_own_crosses_with_a_codec_and_says_what_it_needs_without() -> None:
+    lines = run("own_codec.py").splitlines()
+    assert lines == [
+        "Curve of 3 points, reversed: [1.0, 0.5, 0.0]",
+        "input_1['grid']: my_curves.Grid has no codec",
+    ]
+
+
 def test_the_notebook_session_runs_cell_by_cell_in_an_interactive_interpreter() -> None:
     source = (EXAMPLES / "notebook_session.py").read_text(encoding="utf-8")
     cells = [cell.partition("\n")[2] for cell in source.split("# %%")[1:]]

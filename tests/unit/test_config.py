@@ -175,7 +175,7 @@ def test_no_error_shows_a_value_of_the_environment(make: Callable[[], object]) -
 def test_a_fault_inside_a_spec_is_told_with_the_specs_own_words() -> None:
     error = refused(lambda: JobOptions(spec={"bogus": 1}))  # type: ignore[arg-type]
     assert error.key == "spec.bogus"
-    assert "WorkerSpec: bogus: unknown; WorkerSpec has comfyui_path" in str(error)
+    assert "WorkerSpec: bogus: unknown; WorkerSpec has codec_modules, comfyui_path" in str(error)
     assert "deadline_s" not in str(error)
 
 
@@ -201,6 +201,7 @@ CHANGES: list[dict[str, Any]] = [
     {"engine": "graph"},
     {"node_modules": ["b"]},
     {"node_modules": ["a", "b"]},
+    {"codec_modules": ["a.b"]},
     {"env": {"A": "2"}},
     {"python_path": ["/x"]},
     {"python_executable": "/x"},
