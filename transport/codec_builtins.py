@@ -150,7 +150,7 @@ def _rebuild_stringio(cls: Any, state: object) -> object:
 
 
 def _namespace_state(value: Any) -> object:
-    return cast("dict[str, object]", vars(value).copy())
+    return dict(cast("dict[str, object]", vars(value)))
 
 
 def _rebuild_namespace(cls: Any, state: object) -> object:
