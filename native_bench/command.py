@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -64,7 +65,10 @@ def bench(
     try:
         if list_ways:
             return _list(Console())
+        from legion_shm.native_bench.compare import compare
+        from legion_shm.native_bench.export import to_csv, to_markdown
         from legion_shm.native_bench.model import read_result, write_result
+        from legion_shm.native_bench.table import print_comparison, print_result
 
         old = None if compare_file is None else read_result(compare_file)
         if from_file is not None:
@@ -79,13 +83,21 @@ def bench(
         raise click.UsageError(str(error)) from None
     if json_file:
         write_result(result, json_file)
-    if markdown:
-        raise click.UsageError("--markdown is not there yet")
-    from legion_shm.native_bench.table import print_result
+    if csv_file:
+        Path(csv_file).write_text(to_csv(result), encoding="utf-8")
+    if html_file:
+        from legion_shm.native_bench.html import to_html
 
-    print_result(result, Console())
-    del old, csv_file, html_file
-    return 0 if any(row.section == "transfer" and row.case.startswith("legion") for row in result.rows) else 1
+        Path(html_file).write_text(to_html(result), encoding="utf-8")
+    if markdown:
+        click.echo(to_markdown(result))
+    else:
+        print_result(result, Console())
+    if old is not None:
+        comparison = compare(result, old)
+        print_comparison(comparison, Console(stderr=markdown))
+        return 1 if comparison.regressions else 0
+    return 0 if result.rows else 1
 
 
 def _list(console: Any) -> int:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from legion_shm import __version__
-from legion_shm.errors import BenchmarkError, ContentsDiffer, PeerFailed
-from legion_shm.native_bench.machine import describe_machine, describe_packages
+from legion_shm.errors import BenchmarkError, ContentsDiffer, LegionError, PeerFailed
+from legion_shm.native_bench.goals import check_goals
+from legion_shm.native_bench.limits import Limits, measure_limits, with_limits
+from legion_shm.native_bench.machine import describe_machine, describe_packages, gpu_reason
 from legion_shm.native_bench.measure import (
     Case,
     Sampled,
@@ -85,6 +87,10 @@ def run(options: Options) -> Result:
     machine = describe_machine()
     date = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
     fitting = [size for size in sizes if _fits(size, note)]
+    limits = Limits()
+    reason = measure_limits(fitting, quick=options.quick, limits=limits, show=options.show)
+    if reason:
+        note("physical limits, and ratios to them", reason)
     rows: list[Row] = []
     cases: list[Case] = []
     proved: set[str] = set()
@@ -102,7 +108,13 @@ def run(options: Options) -> Result:
         for size in fitting:
             for how in _uses(size, quick=options.quick):
                 rows += _transfer_rows(_measure(cases, size, how, options, note), size, how)
-    for what in _UNMEASURED:
+    if options.peers is None or "ours" in options.peers or "legion" in options.peers:
+        rows += _ours(options, note)
+    if not reason:
+        measure_limits(fitting, quick=options.quick, limits=limits, show=options.show)
+        rows += limits.rows(fitting)
+    rows = with_limits(rows)
+    for what in _unmeasured(options):
         note(*what)
     return Result(
         version=__version__,
@@ -114,11 +126,43 @@ def run(options: Options) -> Result:
         packages=describe_packages(peer.package for peer in peers if peer.package),
         cases=tuple(_info(case.peer, case.peer.name in proved) for case in cases),
         rows=tuple(rows),
+        goals=check_goals(rows),
         not_measured=tuple(dict.fromkeys(missing)),
     )
 
 
-_UNMEASURED: tuple[tuple[str, str], ...] = ()
+def _unmeasured(options: Options) -> list[tuple[str, str]]:
+    """What this run leaves out by its options or for want of hardware."""
+    left = [("transfers of tensors on a GPU", gpu_reason() or "see `legion doctor`, which checks them")]
+    if options.quick:
+        left.append(("all sizes, reads of small tensors, more samples", "--quick was given"))
+    if options.comfyui is None:
+        left.append(("the whole path through ComfyUI", "give --comfyui PATH"))
+    return left
+
+
+def _ours(options: Options, note: Callable[[str, str], None]) -> list[Row]:
+    """Everything that only Legion has, each part by itself: one that fails is noted, the others go on."""
+    from legion_shm.native_bench import control, life, whole_path
+
+    quick, show = options.quick, options.show
+    size = next(each for each in SIZES if each.label == "25 MB")
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "control round trip": lambda: control.measure_control(rounds=200 if quick else 1000, show=show),
+        "worker starts": lambda: life.measure_starts(rounds=1 if quick else 5, size=size, show=show),
+        "throughput": lambda: life.measure_throughput(size=size, rounds=2 if quick else 10, show=show),
+        "memory": lambda: life.measure_memory(size=size, show=show),
+        "whole path": lambda: whole_path.measure_whole_path(
+            rounds=5 if quick else 30, comfyui=options.comfyui, show=show
+        ),
+    }
+    rows: list[Row] = []
+    for name, part in parts.items():
+        try:
+            rows += part()
+        except (LegionError, OSError, TimeoutError) as error:
+            note(name, f"{type(error).__name__}: {error}")
+    return rows
 
 
 def _uses(size: Size, *, quick: bool) -> tuple[Use, ...]:

@@ -100,6 +100,13 @@ class BenchFinish(_BenchNode):
         return (asdict(_responder.finish()),)
 
 
+class BenchTouch(_BenchNode):
+    """Uses one word of each page of its input and gives their sum; needs no order beforehand."""
+
+    def run(self, value: Any = None) -> tuple[object]:
+        return (payload.use(value, "touch"),)
+
+
 class BenchEmpty(_BenchNode):
     """Nothing: what a job costs that moves nothing."""
 
@@ -109,5 +116,14 @@ class BenchEmpty(_BenchNode):
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (BenchPrepare, BenchExchange, BenchPassOn, BenchSpoil, BenchProduce, BenchFinish, BenchEmpty)
+    for kind in (
+        BenchPrepare,
+        BenchExchange,
+        BenchPassOn,
+        BenchSpoil,
+        BenchProduce,
+        BenchFinish,
+        BenchTouch,
+        BenchEmpty,
+    )
 }

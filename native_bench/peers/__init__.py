@@ -18,6 +18,12 @@ MODULES: Sequence[str] = (
     "pipe",
     "shared_memory",
     "zeromq",
+    "files",
+    "process_vm",
+    "iceoryx",
+    "ray_actor",
+    "isolate",
+    "comfy_env_worker",
 )
 
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from legion_shm.errors import PeerFailed
 from legion_shm.native_bench.payload import Order
 from legion_shm.native_bench.peers.base import TIMEOUT_S, Responder, Seen, Session
 
-__all__ = ["ChildSession", "Link"]
+__all__ = ["ChildSession", "Link", "blocked_interrupts", "die_with_parent"]
 
 _STOP_S = 3.0
 
@@ -65,15 +65,14 @@ class ChildSession(Session):
         context = context or multiprocessing.get_context("spawn")
         self._control, theirs = cast("tuple[Connection, Connection]", context.Pipe())
         self._process: Any = context.Process(target=_serve, args=(make_link, arguments, theirs), daemon=True)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._process.start()
+            with blocked_interrupts():
+                self._process.start()
         except BaseException:
             self._process = None
             self.close()
             raise
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             theirs.close()
 
     @property
@@ -151,7 +150,7 @@ class ChildSession(Session):
 
 def _serve(make_link: Callable[..., Link], arguments: tuple[Any, ...], control: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
     import torch  # before the answer that this process is ready
 
     del torch
@@ -181,7 +180,20 @@ def _serve(make_link: Callable[..., Link], arguments: tuple[Any, ...], control: 
             link.close()
 
 
-def _die_with_parent() -> None:
+@contextlib.contextmanager
+def blocked_interrupts() -> Generator[None]:
+    """What starts inside never sees Ctrl-C, which a terminal sends to children too: we end them ourselves."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def die_with_parent() -> None:
     """However the parent ended, and whatever this process waits for."""
     parent = multiprocessing.parent_process()
     if parent is None:

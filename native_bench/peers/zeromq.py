@@ -18,9 +18,32 @@ from legion_shm.native_bench.payload import as_tensor, to_tensor
 from legion_shm.native_bench.peers.base import TIMEOUT_S, Peer, Session
 from legion_shm.native_bench.peers.child import ChildSession, Link
 
-__all__ = ["PEERS"]
+__all__ = ["PEERS", "bare_socket"]
 
 _SIDE = struct.Struct("<Q")
+
+
+def bare_socket(address: str, *, bind: bool) -> tuple[Any, Callable[[], None]]:
+    """One end of a pair, in a context of its own, and what closes both."""
+    import zmq
+
+    context: Any = zmq.Context()
+    end: Any = context.socket(zmq.PAIR)
+    end.setsockopt(zmq.SNDHWM, 0)
+    end.setsockopt(zmq.RCVHWM, 0)
+    end.setsockopt(zmq.LINGER, 0)
+    end.setsockopt(zmq.RCVTIMEO, int(TIMEOUT_S * 1000))
+    end.setsockopt(zmq.SNDTIMEO, int(TIMEOUT_S * 1000))
+    if bind:
+        end.bind(address)
+    else:
+        end.connect(address)
+
+    def close() -> None:
+        end.close(linger=0)
+        context.term()
+
+    return end, close
 
 
 class _SocketLink(Link):
@@ -28,17 +51,7 @@ class _SocketLink(Link):
         import zmq
 
         self._again: Any = zmq.Again
-        self._context: Any = zmq.Context()
-        self._socket: Any = self._context.socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RCVTIMEO, int(TIMEOUT_S * 1000))
-        self._socket.setsockopt(zmq.SNDTIMEO, int(TIMEOUT_S * 1000))
-        if child:
-            self._socket.connect(address)
-        else:
-            self._socket.bind(address)
+        self._socket, self._close = bare_socket(address, bind=not child)
 
     def _receive_frames(self) -> list[Any]:
         try:
@@ -50,8 +63,7 @@ class _SocketLink(Link):
         pass
 
     def close(self) -> None:
-        self._socket.close(linger=0)
-        self._context.term()
+        self._close()
 
 
 class _RawLink(_SocketLink):

@@ -1,0 +1,102 @@
+"""iceoryx2: publish and subscribe of byte slices, samples loaned from its shared memory.
+
+Settings: one service each way, one sample in flight; memory allocated once for the largest message
+(``initial_max_slice_len``); each sample is loaned uninitialized, filled by ``ctypes.memmove`` (which gives
+up the GIL), and used in place by the receiver; an event service each way wakes the receiver, which blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import secrets
+from typing import Any
+
+from legion_shm.native_bench.payload import as_tensor
+from legion_shm.native_bench.peers.base import TIMEOUT_S, Peer, Session
+from legion_shm.native_bench.peers.child import ChildSession, Link
+
+__all__ = ["PEERS"]
+
+_HEAD_WORDS = 8  # the shape, before the bytes: a page's worth would cost nothing more
+_HEAD_BYTES = 4096
+
+
+class _IceoryxLink(Link):
+    def __init__(self, name: str, most_bytes: int, child: bool) -> None:
+        ice: Any = importlib.import_module("iceoryx2")
+        self._ice = ice
+        ice.set_log_level(ice.LogLevel.Error)
+        self._node = (
+            ice.NodeBuilder.new()
+            .signal_handling_mode(ice.SignalHandlingMode.Disabled)
+            .create(ice.ServiceType.Ipc)
+        )
+        there, back = self._service(f"{name}/there"), self._service(f"{name}/back")
+        outgoing, incoming = (back, there) if child else (there, back)
+        self._publisher = (
+            outgoing[0].publisher_builder().initial_max_slice_len(most_bytes + _HEAD_BYTES).create()
+        )
+        self._notifier = outgoing[1].notifier_builder().create()
+        self._subscriber = incoming[0].subscriber_builder().create()
+        self._listener = incoming[1].listener_builder().create()
+        self._services = (there, back)
+        self._sample: Any = None
+
+    def _service(self, name: str) -> tuple[Any, Any]:
+        ice = self._ice
+        topic = ice.ServiceName.new(name)
+        data = (
+            self._node.service_builder(topic)
+            .publish_subscribe(ice.Slice[ctypes.c_uint8])
+            .payload_alignment(ice.Alignment.new(4096))
+            .subscriber_max_buffer_size(2)
+            .open_or_create()
+        )
+        return data, self._node.service_builder(topic).event().open_or_create()
+
+    def send(self, tensor: Any) -> None:
+        nbytes = tensor.nbytes
+        sample = self._publisher.loan_slice_uninit(nbytes + _HEAD_BYTES)
+        head = (ctypes.c_uint64 * _HEAD_WORDS)(tensor.dim(), *tensor.shape)
+        address = sample.payload_ptr
+        ctypes.memmove(address, head, ctypes.sizeof(head))
+        ctypes.memmove(address + _HEAD_BYTES, tensor.data_ptr(), nbytes)
+        sample.assume_init().send()
+        self._notifier.notify()
+
+    def receive(self) -> Any:
+        sample = self._subscriber.receive()
+        while sample is None:
+            if not self._listener.timed_wait(self._ice.Duration.from_secs(int(TIMEOUT_S))):
+                raise TimeoutError(f"nothing came within {TIMEOUT_S:g} s")
+            sample = self._subscriber.receive()
+        self._sample = sample
+        address = sample.payload_ptr
+        sides = (ctypes.c_uint64 * _HEAD_WORDS).from_address(address)
+        shape = list(sides[1 : 1 + sides[0]])
+        count = 4
+        for side in shape:
+            count *= side
+        return as_tensor((ctypes.c_ubyte * count).from_address(address + _HEAD_BYTES), shape)
+
+    def release(self) -> None:
+        self._sample = None
+
+    def close(self) -> None:
+        self._sample = None
+        for port in (self._publisher, self._notifier, self._subscriber, self._listener):
+            port.delete()
+
+
+class IceoryxPeer(Peer):
+    name = "iceoryx2"
+    title = "iceoryx2"
+    settings = "publish-subscribe of byte slices, pre-allocated, loaned, memmove in, event to wake"
+    package = "iceoryx2"
+
+    def open(self, most_bytes: int) -> Session:
+        return ChildSession(_IceoryxLink, (f"legion-bench-{secrets.token_hex(6)}", most_bytes))
+
+
+PEERS: list[Peer] = [IceoryxPeer()]
