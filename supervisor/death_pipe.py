@@ -5,18 +5,19 @@ supervisor's process is gone.
 
 On Linux the kernel then also sends SIGKILL to our whole process group, since the read end was told to
 (``F_SETSIG``, ``F_SETOWN``, ``O_ASYNC``). No thread of ours has a part in it, so a node that holds the
-interpreter's lock, or is stuck in C, does not delay it. Elsewhere a thread waits for the pipe's end; it
-has to get the interpreter's lock first.
+interpreter's lock, or is stuck in C, does not delay it. Elsewhere (macOS) a thread waits for the pipe's
+end. It has to get the interpreter's lock first: a node that holds it outlives the supervisor until it
+lets go. Windows needs no pipe: there the supervisor's job object ends the worker.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
-import sys
 import threading
+
+from legion_shm.supervisor.facilities import kernel_signals_end
 
 __all__ = ["arm", "watch"]
 
@@ -25,9 +26,13 @@ _F_SETSIG = 10  # linux/fcntl.h; the fcntl module lacks it in some builds
 
 def arm(fd: int) -> None:
     """Tie this process's group to the pipe's writer. The process must lead its group."""
-    if not sys.platform.startswith("linux"):
+    if fd < 0:  # Windows: the supervisor's job object does it
+        return
+    if not kernel_signals_end():
         watch(fd)
         return
+    import fcntl
+
     fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(fd, _F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)

@@ -34,16 +34,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.context import SpawnProcess, set_spawning_popen
-from multiprocessing.popen_spawn_posix import Popen as SpawnPopen  # none on Windows: see README, Limits
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from legion_shm.errors import StartupError
+from legion_shm.supervisor.facilities import exit_descriptor
 from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
 from legion_shm.supervisor.worker_env import with_tunables
 from legion_shm.transport.channel import Endpoint
 
+if TYPE_CHECKING or os.name != "nt":
+    from multiprocessing.popen_spawn_posix import Popen as SpawnPopen
+else:
+    SpawnPopen = object  # spawn_windows launches there
+
 __all__ = ["HostConfig", "WorkerProcess", "current_dir", "environment_with", "spawn_worker"]
+
+
+_WNOHANG = getattr(os, "WNOHANG", 1)  # Windows lacks it, and what uses it
 
 
 @dataclass(frozen=True)
@@ -130,9 +138,9 @@ class _LegionPopen(SpawnPopen):
             ours_on_failure.pop_all()
         self.finalizer = None
 
-    def poll(self, flag: int = os.WNOHANG) -> int | None:
+    def poll(self, flag: int = _WNOHANG) -> int | None:
         if self.returncode is None and self._process is not None:
-            self.returncode = self._process.poll() if flag == os.WNOHANG else self._process.wait()
+            self.returncode = self._process.poll() if flag == _WNOHANG else self._process.wait()
         return self.returncode
 
     def close(self) -> None:
@@ -180,7 +188,7 @@ class WorkerProcess(SpawnProcess):
 
     launch: _Launch | None
 
-    def __init__(self, config: HostConfig, launch: _Launch) -> None:
+    def __init__(self, config: HostConfig, launch: _Launch | None) -> None:
         super().__init__(name=f"legion-{config.worker}")
         self.host_config = config
         self.launch = launch
@@ -192,6 +200,10 @@ class WorkerProcess(SpawnProcess):
     def run(self) -> None:
         from legion_shm.supervisor.host import main
 
+        if os.name == "nt":
+            from legion_shm.supervisor.spawn_windows import with_descriptors
+
+            self.host_config = with_descriptors(self.host_config)
         main(self.host_config)
 
 
@@ -276,11 +288,8 @@ def _descriptor_sockets() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def _exit_fd(process: WorkerProcess) -> int:
-    """A descriptor that becomes readable when the process ends: a pidfd, or a copy of spawn's sentinel."""
-    if hasattr(os, "pidfd_open"):
-        return os.pidfd_open(process.pid or 0)
-    return os.dup(process.sentinel)
+def _interpreter_flags() -> tuple[str, ...]:
+    return tuple(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
 
 
 def current_dir() -> str:
@@ -306,6 +315,17 @@ def spawn_worker(
     """
     executable = executable or sys.executable
     same = executable == sys.executable
+    if os.name == "nt":
+        from legion_shm.supervisor.spawn_windows import start_worker
+
+        return start_worker(
+            config,
+            executable=executable,
+            flags=_interpreter_flags() if same else (),
+            own_path=_own_path(executable),
+            env=environment_with(env),
+            working_dir=working_dir or current_dir(),
+        )
     resources = contextlib.ExitStack()
     childs = contextlib.ExitStack()
     try:
@@ -327,7 +347,7 @@ def spawn_worker(
         os.set_blocking(begun_w, False)
         launch = _Launch(
             executable=executable,
-            flags=tuple(subprocess._args_from_interpreter_flags()) if same else (),  # type: ignore[attr-defined]
+            flags=_interpreter_flags() if same else (),
             own_path=_own_path(executable),
             env=with_tunables(environment_with(env)),
             working_dir=working_dir or current_dir(),
@@ -339,7 +359,9 @@ def spawn_worker(
         process = WorkerProcess(config, launch)
         process.start()
         pid = process.pid or 0
-        worker = _PosixWorker(process, pid, _exit_fd(process), out_r, err_r, death_w, begun_r, ours)
+        worker = _PosixWorker(
+            process, pid, exit_descriptor(pid, process.join), out_r, err_r, death_w, begun_r, ours
+        )
     except (OSError, AssertionError, ValueError, subprocess.SubprocessError) as error:
         resources.close()
         raise StartupError(

@@ -5,9 +5,7 @@ Owns the reading of a worker's output lines and the words for how it ended. It d
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Literal
 
 from legion_shm.config import WorkerSpec
 from legion_shm.ids import new_arena_id, new_token
+from legion_shm.supervisor.exit_codes import describe_exit
 from legion_shm.supervisor.spawned import SIGKILL, SIGTERM, SpawnedWorker
 from legion_shm.transport.channel import Endpoint
 
@@ -142,16 +141,3 @@ class WorkerIO:
 def begun_mark(job: str, attempt: int) -> str:
     """The line that a worker writes when it begins a job."""
     return f"{job} {attempt}"
-
-
-def describe_exit(exit_code: int | None) -> str:
-    """How a process ended, in words that follow 'worker w1'."""
-    if exit_code is None:
-        return "ended; how is not known"
-    if exit_code >= 0:
-        return f"exited with code {exit_code}"
-    name = f"signal {-exit_code}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-exit_code).name
-    hint = " (if nobody sent it: the system was out of memory)" if exit_code == -signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"

@@ -3,8 +3,13 @@
 Owns the directory, the lock file beside it and the removal of what dead supervisors left. It never
 follows a symlink, and never uses a directory that another user could write to.
 
+On Windows a directory has no mode: who may enter is what the access list of its parent hands down. That of
+the user's own temporary folder (the default) lets in the user, the system and administrators; of a base
+that is given elsewhere nothing is checked. No socket lies there (the channel is TCP with keys of its own),
+and of a dead supervisor there is only this folder to remove: its segments went with its last handle.
+
     <base>/              0700, ours: $XDG_RUNTIME_DIR/legion-shm or <tempdir>/legion-shm-<uid>
-      <name>.lock        locked (flock) while its supervisor lives; holds the prefix of its segments' names
+      <name>.lock        locked while its supervisor lives; holds the prefix of its segments' names
       <name>/            0700, unguessable; the sockets
 """
 
@@ -34,6 +39,7 @@ _SOCKET_NAME_BYTES = 16
 _PREFIX = re.compile(r"legion-[a-z0-9]{1,12}-")
 _TOKEN = re.compile(r"[a-z0-9]{1,12}")
 _SHM_DIRECTORY = "/dev/shm"
+_OPEN_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
 
 
 class RuntimeDir:
@@ -74,7 +80,7 @@ class RuntimeDir:
         prefix = f"legion-{token}-"
         while True:
             lock_path = path.with_suffix(".lock")
-            lock_fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            lock_fd = os.open(lock_path, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
             if _try_lock(lock_fd) and _is_same_file(lock_path, lock_fd):
                 break
             # Another supervisor's sweep came between, and took the new file for a dead one's.
@@ -85,8 +91,7 @@ class RuntimeDir:
             path.mkdir(mode=0o700)
             path.chmod(0o700)
         except BaseException:
-            _unlink(lock_path)
-            os.close(lock_fd)
+            _remove_lock(lock_path, lock_fd)
             raise
         return cls(path, prefix, lock_path, lock_fd)
 
@@ -160,7 +165,7 @@ def sweep_stale(base: Path | None = None) -> list[Path]:
     _check_base(base)
     for lock_path in sorted(base.glob("*.lock")):
         try:
-            fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+            fd = os.open(lock_path, _OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0))
         except OSError:  # closed just now by its own supervisor, or by another sweep
             continue
         if not _try_lock(fd):
@@ -178,8 +183,13 @@ def sweep_stale(base: Path | None = None) -> list[Path]:
 
 
 def _make_base(base: Path) -> None:
+    if not base.parent.is_dir():  # a path with a slip of the pen in it must not be made true
+        raise ConfigError(
+            f"the runtime directory {base} cannot be made: there is no directory {base.parent}; "
+            "make that one first, or give another runtime_dir",
+            key="runtime_dir",
+        )
     try:
-        base.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             base.mkdir(mode=0o700)
             base.chmod(0o700)  # a umask may have taken bits away
