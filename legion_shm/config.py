@@ -12,12 +12,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from legion_shm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from legion_shm.keywords import SettingsKeywords, WorkerKeywords
 
 __all__ = ["JobKeywords", "JobOptions", "SupervisorSettings", "WorkerSpec", "load_yaml"]
 
@@ -132,6 +137,10 @@ class WorkerSpec(_Settings):
     idle_timeout_s: Seconds | None = None
     max_jobs_per_life: int | None = Field(default=None, ge=1)
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Unpack[WorkerKeywords]) -> None: ...
+
     @field_validator("node_modules", "codec_modules", "python_path", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
@@ -242,6 +251,10 @@ class SupervisorSettings(_Settings):
     """Kind of shared memory: anonymous memfd, or named segments where there is none."""
     runtime_dir: str | None = None
     """Folder for sockets; by default in XDG_RUNTIME_DIR, else in the temporary folder."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Unpack[SettingsKeywords]) -> None: ...
 
     @field_validator("heartbeat_timeout_s")
     @classmethod

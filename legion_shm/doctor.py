@@ -137,6 +137,8 @@ def _versions(report: Report) -> None:
 
 def _shared_memory(report: Report) -> None:
     section = "Shared memory"
+    if sys.platform == "win32":
+        return  # named file mappings: there is nothing to try
     report.add(section, "memfd", *_outcome(_try_memfd, "yes"))
     report.add(section, "seals", *_outcome(_try_seals, "yes"))
     report.add(
@@ -159,6 +161,9 @@ def _processes(report: Report) -> None:
     ):
         value, small = _limit(limit)
         report.add(section, name, value, "note" if limit == "RLIMIT_NOFILE" and small else "ok")
+    if sys.platform == "win32":
+        report.add(section, "job objects", *_outcome(_try_job_object, "yes: workers die with the supervisor"))
+        return
     report.add(section, "pidfd", *_outcome(_try_pidfd, "yes"))
     report.add(
         section, "death pipe (F_SETSIG)", *_outcome(_try_death_signal, "yes: workers die with the supervisor")
@@ -215,6 +220,13 @@ def _try_pagemap() -> None:
         raise OSError(
             "/proc/self/pagemap hides this process's own pages; received tensors are copied when sent on"
         )
+
+
+def _try_job_object() -> None:
+    from legion_shm.supervisor.spawn_windows import Win32
+
+    win32 = Win32()
+    win32.close(win32.create_job())
 
 
 def _try_pidfd() -> None:
@@ -314,14 +326,23 @@ def _comfyui(report: Report, location: ComfyLocation | None, env: Mapping[str, s
 
 def _used(report: Report, segments: str | None, channel: str | None, location: ComfyLocation | None) -> None:
     section = "What will be used"
-    report.add(section, "shared memory", segments or "none")
+    memory = {"memfd": "memfd, without a name", "portable": "portable segments, with a name (no memfd here)"}
+    report.add(section, "shared memory", memory.get(segments or "", "none"))
     report.add(
         section,
         "channel",
-        {"ipc": "ZeroMQ over ipc", "tcp": "ZeroMQ over loopback TCP with CURVE"}.get(channel or "", "none"),
+        {
+            "ipc": "ZeroMQ over ipc",
+            "tcp": "ZeroMQ over loopback TCP with CURVE (no ipc here)",
+        }.get(channel or "", "none"),
     )
     report.add(section, "engine for engine=auto", "graph" if location is None else f"comfy ({location.path})")
-    report.add(section, "start of workers", "spawn, each in a process group of its own")
+    from legion_shm.supervisor.facilities import launcher_in_words
+
+    start, end_seen, with_us = launcher_in_words()
+    report.add(section, "start of workers", start)
+    report.add(section, "end of workers", end_seen)
+    report.add(section, "end of the supervisor", with_us)
 
 
 def _round_trip(report: Report, engine: Literal["graph", "comfy"], path: str | None, level: Level) -> None:

@@ -31,7 +31,7 @@ a caller sees them only as the cause of a `WorkerLost`.
 
 from __future__ import annotations
 
-import signal as _signal
+from legion_shm.exit_codes import name_of_end
 
 __all__ = [
     "ArenaFull",
@@ -177,13 +177,8 @@ class WorkerLost(JobError):
 
     @property
     def signal_name(self) -> str | None:
-        """``"SIGKILL"`` and the like, or None when the process was not ended by a signal."""
-        if self.exit_code is None or self.exit_code >= 0:
-            return None
-        try:
-            return _signal.Signals(-self.exit_code).name
-        except ValueError:
-            return f"signal {-self.exit_code}"
+        """``"SIGKILL"`` and the like, on Windows the name of a crash; None when it exited by itself."""
+        return name_of_end(self.exit_code)
 
 
 class StartupError(LegionError):

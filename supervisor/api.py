@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from legion_shm.config import JobKeywords
+    from legion_shm.keywords import SettingsKeywords
 
 __all__ = ["Supervisor"]
 
@@ -83,11 +84,13 @@ class Supervisor:
             result = legion.submit("workflow.json", inputs=[image]).result(timeout=60)
     """
 
-    def __init__(self, settings: SupervisorSettings | None = None, **overrides: Any) -> None:
+    def __init__(
+        self, settings: SupervisorSettings | None = None, **overrides: Unpack[SettingsKeywords]
+    ) -> None:
         if settings is None:
             settings = SupervisorSettings(**overrides)
         elif overrides:
-            settings = SupervisorSettings(**{**settings.model_dump(), **overrides})
+            settings = SupervisorSettings(**cast("SettingsKeywords", {**settings.model_dump(), **overrides}))
         self.settings = settings
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may close or submit in the midst of a submit

@@ -14,11 +14,13 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ForkedError, JobError, LegionError
 from legion_shm.events import TERMINAL_STATES, Event, EventsDropped, JobEnded, TerminalState
 from legion_shm.supervisor.result import Delivery, Result
+from legion_shm.waits import heard
 
 __all__ = ["JobFeed"]
 
@@ -108,7 +110,7 @@ class JobFeed:
     def wait(self, timeout: float | None) -> LegionError | None:
         """Wait for the end: the job's error, or None. Raises TimeoutError."""
         self.check_process()
-        if not self.done() and not self._ended.wait(timeout) and timeout is not None:
+        if not self.done() and not heard(self._ended.wait, timeout) and timeout is not None:
             raise TimeoutError(f"job {self.job_id} is {self._state} after {timeout:g} s; it goes on")
         return self._error
 
@@ -139,7 +141,8 @@ class JobFeed:
         """
         self.check_process()
         with self._changed:
-            self._changed.wait_for(lambda: self._history.end > position, timeout)
+            news = partial(self._changed.wait_for, lambda: self._history.end > position)
+            heard(news, timeout)
             return self._since(position)
 
     async def events_from_async(self, position: int) -> tuple[list[Event], int]:

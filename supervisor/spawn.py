@@ -43,7 +43,7 @@ from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
 from legion_shm.supervisor.worker_env import with_tunables
 from legion_shm.transport.channel import Endpoint
 
-if TYPE_CHECKING or os.name != "nt":
+if TYPE_CHECKING or sys.platform != "win32":
     from multiprocessing.popen_spawn_posix import Popen as SpawnPopen
 else:
     SpawnPopen = object  # spawn_windows launches there
@@ -200,7 +200,7 @@ class WorkerProcess(SpawnProcess):
     def run(self) -> None:
         from legion_shm.supervisor.host import main
 
-        if os.name == "nt":
+        if sys.platform == "win32":
             from legion_shm.supervisor.spawn_windows import with_descriptors
 
             self.host_config = with_descriptors(self.host_config)
@@ -315,7 +315,7 @@ def spawn_worker(
     """
     executable = executable or sys.executable
     same = executable == sys.executable
-    if os.name == "nt":
+    if sys.platform == "win32":
         from legion_shm.supervisor.spawn_windows import start_worker
 
         return start_worker(

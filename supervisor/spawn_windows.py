@@ -35,7 +35,7 @@ from multiprocessing.context import set_spawning_popen
 from typing import TYPE_CHECKING, Any, cast
 
 from legion_shm.errors import StartupError
-from legion_shm.supervisor.exit_codes import ended_by, from_windows
+from legion_shm.exit_codes import ended_by, from_windows
 from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from legion_shm.config import WorkerSpec
+from legion_shm.exit_codes import describe_exit
 from legion_shm.ids import new_arena_id, new_token
-from legion_shm.supervisor.exit_codes import describe_exit
 from legion_shm.supervisor.spawned import SIGKILL, SIGTERM, SpawnedWorker
 from legion_shm.transport.channel import Endpoint
 

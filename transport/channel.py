@@ -10,6 +10,7 @@ Sockets are used by one thread each, the one that runs the loop around them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -85,7 +86,8 @@ class ServerChannel:
             self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
             self._socket.setsockopt(zmq.LINGER, 0)
             if kind == "ipc":
-                self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+                with contextlib.suppress(zmq.ZMQError):  # built without it: the directory's mode is the lock
+                    self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
                 path = directory / "control"
                 self._address = f"ipc://{path}"
                 self._server_key = b""

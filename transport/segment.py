@@ -1,7 +1,7 @@
 """One region of shared memory as this process holds it: the interface, and which kinds there are.
 
 Owns the choice of the kind and the check that the machine has the memory. The kinds themselves are
-`segment_memfd` (Linux) and `segment_portable` (everywhere else; tested on Linux). Both pass one
+`segment_memfd` (Linux) and `segment_portable` (everywhere else). Both pass one
 conformance suite.
 
     owner:     create_segment ─▶ shared_address() ── writes ──▶ the pages

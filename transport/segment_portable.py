@@ -6,10 +6,10 @@ that merely attached would unlink a live segment. What a killed supervisor leave
 `runtime_dir.sweep_stale` of the next one (where names can be listed: Linux; on Windows a name ends with its
 last handle).
 
-It has been run on Linux only. It is written for macOS and Windows too: nothing is imported there that
-those lack, a system that refuses copy-on-write mappings of shared memory (macOS does) gets a private copy
-of the block, and Windows gets named file mappings. Each live view holds one file descriptor before
-Python 3.13.
+It has been run on Linux, and with a Python for Windows under Wine. It is written for macOS too and has not
+been run there: nothing is imported that those lack, a system that refuses copy-on-write mappings of shared
+memory (macOS does) gets a private copy of the block, and Windows gets named file mappings. Each live view
+holds one file descriptor before Python 3.13.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class PortableSegment(Segment):
         except OSError as error:
             raise InvalidHandle(f"segment {name} cannot be attached: {error.strerror}") from error
         real = os.fstat(fd).st_size
-        if real != nbytes:
+        if real != round_up(nbytes, mmap.PAGESIZE):  # macOS rounds it up to whole pages
             os.close(fd)
             raise InvalidHandle(f"segment {name} is said to have {nbytes} bytes, and has {real}")
         return cls(name, nbytes, fd, None, creator=False)

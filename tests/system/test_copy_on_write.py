@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from legion_shm import Job, JobFailed, Result, Supervisor
+from legion_shm.transport.segment import SegmentKind
 from tests.system.support import MEGABYTE_OF_FLOATS, flow, only_worker, pid_of, run, spec, wait_for
 
 KINDS = ["memfd", "portable"]
@@ -182,7 +183,7 @@ def test_resident_tensors_cost_no_copy_and_are_isolated(legion: Supervisor) -> N
 
 
 @pytest.mark.parametrize("segments", KINDS)
-def test_results_stay_valid_after_their_worker_and_their_supervisor(segments: str) -> None:
+def test_results_stay_valid_after_their_worker_and_their_supervisor(segments: SegmentKind) -> None:
     with Supervisor(segments=segments) as legion:
         value = legion.share(full(4.0))
         first = finish(legion, "TestAdd", value)["output_1"]

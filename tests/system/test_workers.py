@@ -12,6 +12,8 @@ import torch
 
 from legion_shm import Job, JobCancelled, Supervisor, SupervisorClosed, WorkerSpec
 from legion_shm.testing import assert_nothing_left, snapshot
+from legion_shm.transport.channel import ChannelKind
+from legion_shm.transport.segment import SegmentKind
 from tests.system.support import Gate, flow, gone, in_threads, only_worker, pid_of, run, spec, wait_for
 
 MB = 1 << 20
@@ -219,7 +221,9 @@ def test_a_finalizer_may_submit_cancel_and_drop(legion: Supervisor) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("portable", "ipc"), ("memfd", "tcp"), ("portable", "tcp")], ids="-".join)
-def test_the_other_kinds_of_memory_and_channel_do_the_same(kinds: tuple[str, str], tmp_path: Path) -> None:
+def test_the_other_kinds_of_memory_and_channel_do_the_same(
+    kinds: tuple[SegmentKind, ChannelKind], tmp_path: Path
+) -> None:
     with Supervisor(segments=kinds[0], channel=kinds[1], cancel_grace_s=0.3) as legion:
         two = spec(max_workers=2)
 

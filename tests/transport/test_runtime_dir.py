@@ -251,3 +251,10 @@ def test_a_sweep_that_comes_while_a_lock_file_is_made_costs_only_another_name(
         assert sweep_stale(base) == []
         assert made.path.is_dir()
     assert os.listdir(base) == []
+
+
+def test_a_base_in_a_missing_folder_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no directory") as caught:
+        RuntimeDir.create(tmp_path / "x" / "b")
+    assert caught.value.key == "runtime_dir"
+    assert list(tmp_path.iterdir()) == []

@@ -119,7 +119,7 @@ def test_arguments_are_split_as_a_shell_does() -> None:
     expected = ("--lowvram", "--output-directory", "my files")
     for given_as in ("--lowvram --output-directory 'my files'", list(expected), expected):
         assert WorkerSpec(extra_args=given_as).extra_args == expected
-    assert WorkerSpec(extra_args=None).extra_args == ()  # type: ignore[arg-type]
+    assert WorkerSpec(extra_args=None).extra_args == ()
 
 
 @pytest.mark.parametrize("key", ["python_executable", "comfyui_path", "working_dir"])
@@ -129,13 +129,13 @@ def test_a_path_may_be_a_path(key: str) -> None:
 
 
 def test_the_runtime_folder_may_be_a_path(tmp_path: Path) -> None:
-    assert SupervisorSettings(runtime_dir=tmp_path).runtime_dir == str(tmp_path)  # type: ignore[arg-type]
+    assert SupervisorSettings(runtime_dir=tmp_path).runtime_dir == str(tmp_path)
 
 
 def test_numbers_in_the_environment_become_text() -> None:
-    spec = WorkerSpec(env={"OMP_NUM_THREADS": 1, "SCALE": 0.5, "NAME": "x"})  # type: ignore[dict-item]
+    spec = WorkerSpec(env={"OMP_NUM_THREADS": 1, "SCALE": 0.5, "NAME": "x"})
     assert dict(spec.env) == {"OMP_NUM_THREADS": "1", "SCALE": "0.5", "NAME": "x"}
-    assert WorkerSpec(env=None).env == {}  # type: ignore[arg-type]
+    assert WorkerSpec(env=None).env == {}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_equal_specs_have_equal_keys_however_they_were_written() -> None:
     written: dict[str, Any] = {"node_modules": ["a"], "env": {"B": "2", "A": "1"}, "startup_timeout_s": 30}
     one = WorkerSpec(**written, comfyui_path="/c")
     written = {"node_modules": "a", "env": {"A": 1, "B": 2}, "startup_timeout_s": 30.0}
-    other = WorkerSpec(**written, comfyui_path=Path("/c"))  # type: ignore[arg-type]
+    other = WorkerSpec(**written, comfyui_path=Path("/c"))
     assert one == other
     assert one.key == other.key
     assert {one: 1}[other] == 1

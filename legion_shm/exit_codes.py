@@ -15,11 +15,12 @@ __all__ = ["describe_exit", "ended_by", "from_windows", "name_of_end"]
 
 _ENDED = 0x4C47_0000
 """With the rung's number added: the code that a job object is ended with, which no program uses by chance."""
-_CRASHES = 0x4000_0000  # in the magnitude of a signed NTSTATUS; signals are far below
+_SIGNALS_END = 0x1_0000  # signals have smaller numbers, and a signed NTSTATUS a larger magnitude
 _SIGKILL = 9
 _NAMES = {9: "SIGKILL", 15: "SIGTERM"}  # Windows' signal module lacks the first
 
 _NTSTATUS = {
+    0x80000003: "breakpoint",
     0xC0000005: "access violation",
     0xC0000006: "in-page error",
     0xC0000017: "out of memory",
@@ -48,14 +49,14 @@ def from_windows(status: int) -> int:
     status &= 0xFFFF_FFFF
     if status - _ENDED in _NAMES:
         return _ENDED - status
-    return status - (1 << 32) if status >= 0x8000_0000 else status
+    return status - (1 << 32) if status in _NTSTATUS or status >> 28 == 0xC else status
 
 
 def name_of_end(exit_code: int | None) -> str | None:
     """``"SIGSEGV"``, ``"0xC0000005 (access violation)"``; None where the process ended by itself."""
     if exit_code is None or exit_code >= 0:
         return None
-    if -exit_code >= _CRASHES:
+    if -exit_code >= _SIGNALS_END:
         status = exit_code & 0xFFFF_FFFF
         name = _NTSTATUS.get(status)
         return f"0x{status:08X}" + (f" ({name})" if name else "")
@@ -71,7 +72,7 @@ def describe_exit(exit_code: int | None) -> str:
     name = name_of_end(exit_code)
     if name is None:
         return f"exited with code {exit_code}"
-    if -exit_code >= _CRASHES:
+    if -exit_code >= _SIGNALS_END:
         return f"crashed with {name}"
     hint = " (if nobody sent it: the system was out of memory)" if exit_code == -_SIGKILL else ""
     return f"was killed by {name}{hint}"
