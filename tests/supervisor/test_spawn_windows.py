@@ -146,8 +146,9 @@ class PosixWin32:
 
 def config() -> HostConfig:
     """The launcher looks at the worker's name alone; the rest goes into the payload as it is."""
-    empty: dict[str, Any] = dict.fromkeys(field.name for field in fields(HostConfig))
-    return HostConfig(**{**empty, "worker": "w1", "endpoint": Endpoint("tcp://127.0.0.1:1")})
+    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(HostConfig))
+    values.update(worker="w1", endpoint=Endpoint("tcp://127.0.0.1:1"))
+    return HostConfig(**values)
 
 
 def started(win32: PosixWin32, env: Mapping[str, str] | None = None) -> WindowsWorker:
