@@ -9,7 +9,7 @@ LegionError
 │   ├── JobCancelled       `Job.cancel()` or the closing supervisor ended it
 │   ├── DeadlineExceeded   its `deadline_s` passed first
 │   └── WorkerLost         its worker process died or hung: signal or exit code, log tail
-├── StartupError           a worker could not start: its traceback or its last words
+├── StartupError           a worker, or the supervisor itself, could not start: its last words
 │   └── StartupTimeout     a worker was not ready in time: names the setting
 ├── ArenaFull              no shared memory within the quota, after a bounded wait
 ├── MessageTooLarge        a control message over the limit: names the setting
@@ -182,10 +182,11 @@ class WorkerLost(JobError):
 
 
 class StartupError(LegionError):
-    """A worker could not start.
+    """A worker, or the supervisor itself, could not start.
 
-    Seen by the result of every job that waited for it. ``traceback`` is the worker's when it could
-    still tell, ``log_tail`` its last lines of output.
+    Raised by ``Supervisor()`` where the process is short of descriptors or threads; else seen by the result
+    of every job that waited for the worker. ``traceback`` is the worker's when it could still tell,
+    ``log_tail`` its last lines of output.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ from legion_shm.supervisor.resolve import resolve_spec
 from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUpRequested
 from legion_shm.supervisor.submission import Submission
-from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds
+from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds, check_descriptors
 from legion_shm.transport.messages import Free
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
@@ -101,19 +101,18 @@ class Supervisor:
         self._default_spec = WorkerSpec()
         self._recent: dict[int, _RecentSpec] = {}
         base = Path(settings.runtime_dir) if settings.runtime_dir is not None else None
+        check_descriptors()
         segments, channel = _choose_segments(settings), _choose_channel(settings)
         sweep_stale(base)
-        self._directory = RuntimeDir.create(base)
-        try:
-            self._channel = ServerChannel(
-                channel, directory=self._directory.path, max_bytes=settings.max_message_bytes
-            )
-        except BaseException:
-            self._directory.close()
-            raise
-        self._loop = Loop(settings, self._channel, self._directory, segments=segments)
-        self._memory = self._loop.memory
-        self._loop.start()
+        with contextlib.ExitStack() as on_failure:
+            directory = on_failure.enter_context(RuntimeDir.create(base))
+            server = ServerChannel(channel, directory=directory.path, max_bytes=settings.max_message_bytes)
+            on_failure.callback(server.close)
+            loop = Loop(settings, server, directory, segments=segments)
+            on_failure.callback(loop.abandon)
+            loop.start()
+            on_failure.pop_all()
+        self._directory, self._channel, self._loop, self._memory = directory, server, loop, loop.memory
         _open.add(self)
 
     @classmethod

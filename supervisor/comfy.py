@@ -188,7 +188,7 @@ class ComfyEngine:
         except JobCancelled:
             _stop_if_cancelled(job)
             raise
-        except (Exception, SystemExit) as error:  # ComfyUI catches what nodes raise; these came past it
+        except BaseException as error:  # ComfyUI catches most of what nodes raise; this came past it
             _stop_if_cancelled(job)
             raise _broken_off(job, type(error).__name__, str(error)) from None
         _stop_if_cancelled(job)

@@ -46,11 +46,11 @@ class Commands:
         self._drop()
 
     def carry_out(self, now: Callable[[], float], *, woken: bool) -> None:
-        """Call every command that waits."""
+        """Call every command that waits now; what comes meanwhile has written a wake-up for the next call."""
         if woken:
             self._wake.clear()
         self._awake = False
-        while self._queue:
+        for _ in range(len(self._queue)):
             self._queue.popleft()(now())
 
     def end(self) -> None:

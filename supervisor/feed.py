@@ -128,6 +128,11 @@ class JobFeed:
                     self._result = delivery.decode()
                 except LegionError as error:
                     self._decode_error = error.with_traceback(None)
+                except BaseException as error:
+                    self._decode_error = LegionError(
+                        f"job {self.job_id} is done, and its result was lost while it was decoded: {error!r}"
+                    )
+                    raise
             if self._decode_error is not None:
                 raise _fresh(self._decode_error)
             if self._result is None:

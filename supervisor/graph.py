@@ -15,7 +15,6 @@ importing this module.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import itertools
 import logging
@@ -294,7 +293,7 @@ class _Run:
             node_object = self._cache.node_object(node)
             function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
             result = read_results(self._call(function, inputs, node.input_is_list), node.node_class)
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except BaseException as error:  # whatever a node raises, the worker goes on
             failure = self._failure(error, node, inputs)
         else:
             if trial is not None:

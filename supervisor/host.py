@@ -112,6 +112,7 @@ class _Host:
         self._control = ControlThread(config, self._memory, self._flush_slow_node)
         self._events: Events | None = None
         self._engine: Engine | None = None
+        self._log_handler: LogHandler | None = None
         self._prompts: dict[bytes, Workflow] = {}
         self._stopping = False
         self._pid = os.getpid()
@@ -163,7 +164,8 @@ class _Host:
         config = self._config
         self._send(Hello(config.worker, config.token, "job", os.getpid()))
         self._control.start()
-        logging.getLogger().addHandler(LogHandler(self.log))
+        self._log_handler = LogHandler(self.log)
+        logging.getLogger().addHandler(self._log_handler)
         try:
             engine = _make_engine(config)
             self._engine = engine
@@ -220,6 +222,8 @@ class _Host:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
+        if self._log_handler is not None:
+            self._log_handler.tell_left_out()
         self._control.flush_logs(self._send)
         try:
             if not isinstance(reply, JobDone):

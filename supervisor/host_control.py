@@ -42,7 +42,7 @@ class ControlThread(threading.Thread):
         self._slow = False
         self._active_until_s = 0.0
         self._posted: deque[Message] = deque(maxlen=10_000)
-        self._logs: deque[LogRecord] = deque(maxlen=1_000)
+        self._logs: deque[LogRecord] = deque(maxlen=20_000)  # LogHandler lets through fewer at once
         self._stop_wanted = threading.Event()
         self.engine: Engine | None = None
         self.busy_job = ""

@@ -38,6 +38,8 @@ __all__ = ["REPORT_INTERVAL_S", "Events", "LogHandler", "failure_reply"]
 
 REPORT_INTERVAL_S = 0.02  # fifty bars a second is more than anyone sees
 _LOG_TEXT_MAX = 8192
+_LOGS_AT_ONCE = 10_000
+_LOGS_A_SECOND = 1_000  # a flood of them would cost every job of the supervisor
 _PREVIEW_SIDE = 512
 
 
@@ -131,16 +133,34 @@ def _encode_preview(image: object) -> tuple[str, bytes]:
 
 
 class LogHandler(logging.Handler):
-    """The main thread's records go at once, in order with its reports; others' by the control thread."""
+    """Log records as messages, thinned out when they come as a flood; how many were left out is said."""
 
     def __init__(self, send: Callable[[LogRecord], None]) -> None:
         super().__init__()
         self._send = send
+        self._room = float(_LOGS_AT_ONCE)
+        self._filled_s = monotonic_s()
+        self._left_out = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        now = monotonic_s()
+        self._room = min(_LOGS_AT_ONCE, self._room + (now - self._filled_s) * _LOGS_A_SECOND)
+        self._filled_s = now
+        if self._room < 1.0:
+            self._left_out += 1
+            return
+        self._room -= 1.0
+        self.tell_left_out()
         try:
             text = self.format(record)[:_LOG_TEXT_MAX]
         except Exception:
             self.handleError(record)
             return
         self._send(LogRecord(record.levelname, record.name, text))
+
+    def tell_left_out(self) -> None:
+        """Say how many records were dropped since this was said last, if any were."""
+        left_out, self._left_out = self._left_out, 0
+        if left_out:
+            text = f"{left_out} log records were left out: more than {_LOGS_A_SECOND} a second"
+            self._send(LogRecord("WARNING", "legion_shm", text))

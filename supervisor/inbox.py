@@ -19,7 +19,7 @@ from legion_shm.supervisor.lending import Lending
 from legion_shm.supervisor.machine import Machine
 from legion_shm.supervisor.master_memory import MasterMemory
 from legion_shm.supervisor.processes import Processes
-from legion_shm.supervisor.replies import error_from, stats_from
+from legion_shm.supervisor.replies import error_from, readable, stats_from
 from legion_shm.supervisor.result import Delivery
 from legion_shm.supervisor.stimuli import HeartbeatSeen, JobReplied, StartFailed, Stimulus, WorkerReady
 from legion_shm.supervisor.submission import Submission
@@ -49,6 +49,10 @@ __all__ = ["Inbox"]
 _log = logging.getLogger("legion_shm.supervisor")
 
 _SOCKETS = 2  # a worker's, each greeted on its own
+_FRAMES_A_TURN = 500
+_TURN_S = 0.02  # a flood of frames may keep callers' commands and other workers' exits waiting for this long
+_PREVIEW_MAX_BYTES = 4 << 20  # a worker's own are JPEGs of 512 pixels
+_LOG_NAME_MAX = 256
 
 _Handler = Callable[[WorkerIO, Any, float], None]
 
@@ -89,18 +93,35 @@ class Inbox:
             SegmentRetired: self._segments_retired,
         }
 
-    def drain(self) -> None:
-        """Handle every message that has arrived."""
-        while (received := self._channel.receive()) is not None:
+    def drain(self) -> set[str] | None:
+        """Handle what has arrived, bounded in number and time.
+
+        Gives None when nothing more waits, else the ids of the workers that were heard. ZeroMQ takes frames
+        from one socket after the other, so of a worker that is not among them nothing is left.
+        """
+        until_s = monotonic_s() + _TURN_S
+        heard: set[str] = set()
+        for _ in range(_FRAMES_A_TURN):
+            received = self._channel.receive()
+            if received is None:
+                return None
             identity, frame = received
             worker = self._processes.of_identity(identity)
-            if worker is None or worker.violation:
-                continue
-            try:
-                message = decode_message(frame, max_bytes=self._max_bytes)
-                self._take(worker, identity, message, monotonic_s())
-            except ProtocolError as error:
-                self._violated(worker, error)
+            if worker is not None:
+                heard.add(worker.id)
+                self._read(worker, identity, frame)
+            if monotonic_s() >= until_s:
+                break
+        return heard
+
+    def _read(self, worker: WorkerIO, identity: bytes, frame: bytes) -> None:
+        if worker.violation:
+            return
+        try:
+            message = decode_message(frame, max_bytes=self._max_bytes)
+            self._take(worker, identity, message, monotonic_s())
+        except ProtocolError as error:
+            self._violated(worker, error)
 
     def output(self, worker: WorkerIO, now: float) -> None:
         """Turn what a worker wrote into events of the job that it runs."""
@@ -125,15 +146,14 @@ class Inbox:
     def _violated(self, worker: WorkerIO, error: ProtocolError) -> None:
         """A worker that breaks the protocol is ended; its exit resolves its job."""
         self.protocol_errors += 1
-        worker.violation = f"{type(error).__name__}: {error}"
-        worker.tail.append(f"[legion] dropped for a protocol error: {worker.violation}")
+        worker.break_off(readable(f"{type(error).__name__}: {error}"))
         _log.error("worker %s broke the protocol and is ended: %s", worker.id, worker.violation)
-        worker.signal("SIGKILL")
 
     # --- about the worker ---------------------------------------------------------------------------
 
     def _ready(self, worker: WorkerIO, message: Ready, now: float) -> None:
-        worker.engine, worker.versions, worker.ready = message.engine, dict(message.versions), True
+        worker.engine = readable(message.engine, _LOG_NAME_MAX)
+        worker.versions, worker.ready = dict(message.versions), True
         self._announce(worker, now)
 
     def _announce(self, worker: WorkerIO, now: float) -> None:
@@ -143,13 +163,13 @@ class Inbox:
 
     def _start_failed(self, worker: WorkerIO, message: StartFailedNote, now: float) -> None:
         self.output(worker, now)
-        told = message.error
+        told, traceback = readable(message.error), readable(message.traceback)
         if not told.startswith(("ConfigError: ", "StartupError: ")):  # these say it all
-            told += f"\n{message.traceback.rstrip()}"
+            told += f"\n{traceback.rstrip()}"
         error = StartupError(
             f"worker {worker.id} could not start: {told}",
             worker_id=worker.id,
-            traceback=message.traceback,
+            traceback=traceback,
             log_tail=tuple(worker.tail),
         )
         self._handle(StartFailed(worker.id, error), now)
@@ -160,8 +180,10 @@ class Inbox:
         self._handle(HeartbeatSeen(worker.id), now)
 
     def _log_record(self, worker: WorkerIO, message: LogRecord, now: float) -> None:
-        worker.tail.extend(f"{message.level} {message.logger}: {line}" for line in message.text.splitlines())
-        self._log(worker, "log", message.text, message.level, message.logger, now)
+        level, logger = readable(message.level, _LOG_NAME_MAX), readable(message.logger, _LOG_NAME_MAX)
+        text = readable(message.text)
+        worker.tail.extend(f"{level} {logger}: {line}" for line in text.splitlines())
+        self._log(worker, "log", text, level, logger, now)
 
     def _log(
         self, worker: WorkerIO, stream: str, text: str, level: str | None, logger: str | None, now: float
@@ -215,6 +237,9 @@ class Inbox:
         )
 
     def _preview(self, worker: WorkerIO, message: PreviewNote, now: float) -> None:
+        if len(message.data) > _PREVIEW_MAX_BYTES:
+            self.ignored += 1
+            return
         self._emit(
             worker,
             message,

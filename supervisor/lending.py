@@ -11,10 +11,12 @@ is condemned and closed once nobody looks at it. It never touches payload bytes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterable
 from concurrent.futures import Executor
 
+from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings
 from legion_shm.errors import ArenaFull, ProtocolError
 from legion_shm.supervisor.master_memory import MasterMemory
@@ -41,7 +43,10 @@ _log = logging.getLogger("legion_shm.supervisor")
 
 MASTER = "master"  # the holder of what the supervisor's own process looks at
 _STATS = 6  # figures that come with each value
-_DESCRIPTOR_WAIT_S = 1.0
+_DESCRIPTOR_WAIT_S = 10.0  # as long as a worker waits for one
+_UNSENT_MAX = 10_000
+_RETRY_S = 0.01
+_SOCKET_FULL = (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Lending:
@@ -59,6 +64,7 @@ class Lending:
         self._helpers, self._post = helpers, post
         self.table = LeaseTable()
         self._owners: dict[int, str] = {}
+        self._waiting: dict[str, WorkerIO] = {}  # those whose sockets have no room for a descriptor
         self._flush_at_s: float | None = None
         self._idle_since_s: float | None = None
 
@@ -162,6 +168,7 @@ class Lending:
     def worker_gone(self, worker: WorkerIO) -> None:
         """Its leases end with it; its arena lives on for as long as somebody looks at a block of it."""
         self._owners.pop(worker.arena, None)
+        self._waiting.pop(worker.id, None)
         self.table.drop_holder(worker.id)
         self.table.condemn(worker.arena)
 
@@ -179,17 +186,49 @@ class Lending:
         if isinstance(segment.descriptor, str):
             self._processes.send(worker, SegmentAnnounced(*key, segment.nbytes, segment.descriptor))
         else:
-            self._send_descriptor(worker, *key, segment.nbytes, segment.descriptor)
+            self._send_descriptor(worker, *key)
 
-    def _send_descriptor(self, worker: WorkerIO, arena: int, segment: int, nbytes: int, fd: int) -> None:
-        if worker.spawned is None or worker.spawned.descriptors is None:
+    def _send_descriptor(self, worker: WorkerIO, arena: int, segment: int) -> None:
+        """Now, or as soon as its socket has room again; nobody waits for that here."""
+        if not worker.unsent and self._offer(worker, arena, segment):
             return
+        if not worker.unsent:
+            worker.unsent_since_s = monotonic_s()
+        worker.unsent.append((arena, segment))
+        self._waiting[worker.id] = worker
+        if len(worker.unsent) > _UNSENT_MAX:
+            self._takes_none(worker)
+
+    def _offer(self, worker: WorkerIO, arena: int, segment_id: int) -> bool:
+        """Whether the descriptor is on its way, or needed no more; False where the socket is full."""
+        segment = self._memory.segment(arena, segment_id)
+        if segment is None or not isinstance(segment.descriptor, int):
+            return True
+        if worker.spawned is None or worker.spawned.descriptors is None:
+            return True
+        sock, fd = worker.spawned.descriptors, segment.descriptor
         try:
-            send_segment_fd(
-                worker.spawned.descriptors, arena, segment, nbytes, fd, timeout_s=_DESCRIPTOR_WAIT_S
-            )
-        except (OSError, TimeoutError) as error:
+            send_segment_fd(sock, arena, segment_id, segment.nbytes, fd, timeout_s=0.0)
+        except OSError as error:
+            if isinstance(error, TimeoutError) or error.errno in _SOCKET_FULL:
+                return False
             _log.debug("worker %s took no descriptor: %s", worker.id, error)  # its end will be seen
+        return True
+
+    def pass_descriptors(self, now: float) -> None:
+        """Send those that had no room before; a worker that takes none for long is ended."""
+        for worker in tuple(self._waiting.values()):
+            while worker.unsent and self._offer(worker, *worker.unsent[0]):
+                worker.unsent.popleft()
+                worker.unsent_since_s = now
+            if not worker.unsent or worker.violation:
+                del self._waiting[worker.id]
+            elif now >= worker.unsent_since_s + _DESCRIPTOR_WAIT_S:
+                self._takes_none(worker)
+
+    def _takes_none(self, worker: WorkerIO) -> None:
+        worker.break_off(f"it took no segment's descriptor, and {len(worker.unsent)} wait")
+        _log.error("worker %s is ended: %s", worker.id, worker.violation)
 
     def request_segment(self, worker: WorkerIO, nbytes: int) -> None:
         """A worker's arena wants to grow: make the segment in the background, within the quota."""
@@ -235,7 +274,7 @@ class Lending:
         worker.segments.add((worker.arena, segment_id))
         name = segment.descriptor if isinstance(segment.descriptor, str) else ""
         if isinstance(segment.descriptor, int):
-            self._send_descriptor(worker, worker.arena, segment_id, nbytes, segment.descriptor)
+            self._send_descriptor(worker, worker.arena, segment_id)
         self._processes.send(worker, SegmentGranted(worker.arena, segment_id, nbytes, name))
 
     def retire(self, worker: WorkerIO, segments: tuple[int, ...]) -> None:
@@ -263,6 +302,8 @@ class Lending:
             times.append(self._flush_at_s)
         if self._idle_since_s is not None:
             times.append(self._idle_since_s + self._settings.idle_trim_s)
+        if self._waiting:
+            times.append(now + _RETRY_S)
         if self._memory.live_views():
             times.append(now + self._settings.lease_flush_s)
         return min(times, default=None)

@@ -14,6 +14,7 @@ takes is never missed because the value it came from was dropped right after the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -57,6 +58,7 @@ _log = logging.getLogger("legion_shm.supervisor")
 
 _MAX_WAIT_S = 10.0  # the loop looks around this often even when nothing is due
 _LAST_WORDS_S = 0.03  # frames that a dead worker had sent may still be in ZeroMQ's hands
+_LAST_WORDS_MAX_S = 0.5  # however many frames it left
 _HELPERS = 2
 _SLICE_S = 0.1  # a caller that waits for the loop's answer looks this often whether the loop has ended
 
@@ -118,7 +120,21 @@ class Loop:
     # --- for other threads ------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise StartupError(
+                f"the supervisor's thread could not be started: {error}; this process is at a limit of "
+                "threads or memory (ulimit -u, ulimit -v)"
+            ) from error
+
+    def abandon(self) -> None:
+        """Give back what a loop that was never started holds; the channel is its maker's."""
+        self._helpers.shutdown()
+        self._channel.unwatch(self._commands.wake_fd)
+        self._commands.end()
+        self._commands.close()
+        self.memory.close()
 
     def post(self, command: Command) -> None:
         """Have the loop call ``command(now)`` soon, after everything posted before. Never blocks."""
@@ -211,6 +227,7 @@ class Loop:
         if deadline_s is not None and monotonic_s() >= deadline_s:
             self._inbox.drain()
             self._handle(Tick(), monotonic_s())
+        self._lending.pass_descriptors(monotonic_s())
         self._lending.return_leases(monotonic_s())
 
     def _due_s(self, now: float) -> float:
@@ -277,10 +294,11 @@ class Loop:
     def _reap(self) -> None:
         now = monotonic_s()
         exited = self._processes.exited(now)
-        if exited:
-            self._inbox.drain()
+        heard = self._inbox.drain() if exited else None
         for worker, exit_code in exited:
-            self._worker_gone(worker, exit_code, now)
+            last_words_s = (worker.gone_at_s or now) + _LAST_WORDS_MAX_S
+            if heard is None or worker.id not in heard or now >= last_words_s:
+                self._worker_gone(worker, exit_code, now)
 
     def _worker_gone(self, worker: WorkerIO, exit_code: int | None, now: float) -> None:
         self._inbox.output(worker, now)
@@ -329,14 +347,15 @@ class Loop:
         self._submissions.clear()
 
     def _end(self) -> None:
-        self._helpers.shutdown(wait=True, cancel_futures=True)
-        self._commands.end()
-        self._ended.set()
-        self._channel.unwatch(self._commands.wake_fd)
-        self._commands.close()
-        self._channel.close()
-        self.memory.close()
-        self._directory.close()
+        with contextlib.ExitStack() as last:  # each of these, whatever becomes of the others
+            last.callback(self._directory.close)
+            last.callback(self.memory.close)
+            last.callback(self._channel.close)
+            last.callback(self._commands.close)
+            last.callback(self._channel.unwatch, self._commands.wake_fd)
+            last.callback(self._ended.set)
+            last.callback(self._commands.end)
+            self._helpers.shutdown(wait=True, cancel_futures=True)
 
 
 def _too_late(command: Command) -> None:

@@ -15,7 +15,9 @@ The rules, each held by tests/supervisor/test_machine.py:
    completed job renews it. A pool over its budget is given up for a while and says so to its jobs.
 5. A start that failed with a reason (a broken node module) fails the waiting jobs with that reason at
    once; the same reason twice gives the pool up.
-6. Cancellation asks first; a worker that has not answered when the grace is over is ended by the ladder:
+6. At max_workers, a pool whose queue never runs dry hands a worker's place on, between two jobs, to a pool
+   that has waited its turn without any.
+7. Cancellation asks first; a worker that has not answered when the grace is over is ended by the ladder:
    ask, SIGTERM, SIGKILL.
 """
 
@@ -152,7 +154,10 @@ class Machine:
     def _end_job(self, job: JobRecord, error: LegionError, now: float) -> None:
         """Bring a job to its end before it is done: at once while queued, by interruption while it runs."""
         if job.state == "queued":
-            self.pools[job.pool].queue.remove(job.id)
+            pool = self.pools[job.pool]
+            pool.queue.remove(job.id)
+            if not pool.queue:
+                pool.starved_since_s = None
             self._tables.resolve(job, _ended_state(error), error)
         elif job.state == "running" and job.worker is not None:
             job.to("ending")
@@ -196,8 +201,9 @@ class Machine:
         worker = self.workers.get(event.worker)
         if worker is None or worker.state != "starting":
             return
-        self._to_idle(worker, now)
         pool = self.pools[worker.pool]
+        pool.start_took_s = now - worker.since_s
+        self._to_idle(worker, now)
         pool.same_start_failures = 0
         self._schedule.all_pools(pool, now)
 

@@ -1,7 +1,7 @@
 """How workers are ended: what is waited for, and the ladder ask, SIGTERM, SIGKILL.
 
 Part of the machine: pure, time comes in as an argument. Who is late, silent or idle for too long is judged
-here; rule 6 of machine.py.
+here; rule 7 of machine.py.
 """
 
 from __future__ import annotations

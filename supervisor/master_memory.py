@@ -8,6 +8,7 @@ elsewhere and learns from `drain_released` which have ended.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import weakref
 from collections import deque
@@ -25,6 +26,8 @@ from legion_shm.transport.segment import Segment, SegmentKind, create_segment
 from legion_shm.transport.values import PackedValues, discard, pack, unpack
 
 __all__ = ["MasterMemory"]
+
+_log = logging.getLogger("legion_shm.supervisor")
 
 
 class MasterMemory:
@@ -190,7 +193,10 @@ class MasterMemory:
     def close(self) -> None:
         """Close every descriptor. Delivered values stay valid for as long as they are referred to."""
         for delivery in tuple(self._deliveries):
-            delivery.settle()
+            try:
+                delivery.settle()
+            except Exception:  # it is that result's own end, and its reader is told
+                _log.exception("a result could not be decoded while the supervisor closed")
         with self._lock:
             self._closed = True
             self._segments.clear()

@@ -17,36 +17,56 @@ from legion_shm.transport.codec import TransferStats
 from legion_shm.transport.messages import JobCancelledReply, JobDone, JobFailedReply
 from legion_shm.transport.values import REPORT
 
-__all__ = ["error_from", "stats_from"]
+__all__ = ["TEXT_MAX", "error_from", "readable", "stats_from"]
+
+TEXT_MAX = 64 * 1024
+"""Characters that are kept of one text of a worker. Its own limits are lower; whoever speaks past them is not
+to fill our memory."""
+
+_PROBLEMS_MAX = 1000
+
+
+def readable(text: str, limit: int = TEXT_MAX) -> str:
+    """A worker's text as anyone can print it: no lone surrogates, and of bounded length."""
+    if len(text) > limit:
+        half = limit // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+    return text
 
 
 def error_from(message: JobFailedReply | JobCancelledReply, worker: str) -> LegionError:
     """The error that the job's caller sees."""
     if isinstance(message, JobCancelledReply):
         return JobCancelled(f"job {message.job} was cancelled in worker {worker}", job_id=message.job)
+    text = readable(message.message)
     if message.kind == "InvalidWorkflow":
         return InvalidWorkflow(
-            message.message,
+            text,
             node_id=message.node_id,
             input_name=message.path or None,
-            problems=message.problems,
+            problems=tuple(readable(problem) for problem in message.problems[:_PROBLEMS_MAX]),
         )
     if message.kind == "UnsupportedValue":
-        return UnsupportedValue(message.message, path=message.path)
+        return UnsupportedValue(text, path=readable(message.path))
     if message.kind == "ArenaFull":
-        return ArenaFull(message.message)
+        return ArenaFull(text)
     if message.kind == "MessageTooLarge":
-        return MessageTooLarge(message.message)
-    summary = "".join(f"\n  {line}" for line in message.inputs_summary.splitlines())
+        return MessageTooLarge(text)
+    inputs = readable(message.inputs_summary)
+    summary = "".join(f"\n  {line}" for line in inputs.splitlines())
     return JobFailed(
-        message.message + (f"\n  with the inputs{summary}" if summary else ""),
+        text + (f"\n  with the inputs{summary}" if summary else ""),
         job_id=message.job,
         node_id=message.node_id,
         class_type=message.class_type,
-        exception_type=message.exception_type,
-        exception_message=message.exception_message,
-        traceback=message.traceback,
-        inputs_summary=message.inputs_summary,
+        exception_type=readable(message.exception_type),
+        exception_message=readable(message.exception_message),
+        traceback=readable(message.traceback),
+        inputs_summary=inputs,
     )
 
 

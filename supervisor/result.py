@@ -166,6 +166,10 @@ class Delivery:
                 except LegionError as error:
                     self._decoded = error.with_traceback(None)
                     return
+                except BaseException as error:
+                    # Ctrl-C, or a codec's own mistake: what was decoded in part is gone.
+                    self._decoded = LegionError(f"the result was lost while it was decoded: {error!r}")
+                    raise
                 ui = cast("Mapping[str, Any]", outputs.pop(REPORT, {}))
                 stats = replace(self._stats, result_decode_s=monotonic_s() - started_s)
                 self._decoded = Result(outputs, ui, stats)

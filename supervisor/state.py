@@ -111,7 +111,9 @@ class PoolRecord:
     """The workers of equal specs and the jobs that wait for one of them.
 
     ``target`` is how many workers should live; ``deaths`` counts those that died in a row without a
-    job being done in between; ``given_up`` is set while the pool does not start workers any more.
+    job being done in between; ``given_up`` is set while the pool does not start workers any more;
+    ``starved_since_s`` while it has jobs and no worker, for want of room; ``start_took_s`` is how long its
+    last worker took to get ready.
     """
 
     key: str
@@ -128,6 +130,8 @@ class PoolRecord:
     given_up_until_s: float = 0.0
     last_start_failure: str = ""
     same_start_failures: int = 0
+    starved_since_s: float | None = None
+    start_took_s: float = 0.0
 
 
 @dataclass(frozen=True)

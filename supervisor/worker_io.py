@@ -88,6 +88,8 @@ class WorkerIO:
     violation: str = ""
     delivered: str = ""
     awaits_segment: bool = False
+    unsent: deque[tuple[int, int]] = field(default_factory=deque[tuple[int, int]])
+    unsent_since_s: float = 0.0
     _begun: LineReader | None = None
     _last_begun: str = ""
 
@@ -121,6 +123,12 @@ class WorkerIO:
             if lines:
                 self._last_begun = lines[-1]
         return self._last_begun == begun_mark(job, attempt)
+
+    def break_off(self, violation: str) -> None:
+        """End a worker that does not keep to the protocol; its exit resolves its job."""
+        self.violation = violation
+        self.tail.append(f"[legion] dropped for a protocol error: {violation}")
+        self.signal("SIGKILL")
 
     def signal(self, name: Literal["SIGTERM", "SIGKILL"]) -> None:
         if self.spawned is None:

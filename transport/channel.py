@@ -21,15 +21,16 @@ from typing import Any, Literal, cast
 import zmq
 from zmq.auth.base import Authenticator
 
-from legion_shm.errors import ProtocolError
+from legion_shm.errors import ProtocolError, StartupError
 
-__all__ = ["ChannelKind", "ClientChannel", "Endpoint", "ServerChannel", "channel_kinds"]
+__all__ = ["ChannelKind", "ClientChannel", "Endpoint", "ServerChannel", "channel_kinds", "check_descriptors"]
 
 ChannelKind = Literal["ipc", "tcp"]
 
 _HIGH_WATER = 10_000  # frames; a peer that lets this many wait is not reading any more
 _SEND_TIMEOUT_MS = 30_000
 _LINGER_MS = 1_000  # a worker's last words may take this long to leave
+_DESCRIPTORS = 24  # a context with its bound ROUTER takes 10 to 12, the rest of a supervisor 4, a worker 6
 _MAX_SLACK = 4096  # ours is the exact limit; ZeroMQ's own, which drops silently, stands behind it
 
 
@@ -52,6 +53,22 @@ class Endpoint:
 
     def __repr__(self) -> str:
         return f"Endpoint({self.address!r})"
+
+
+def check_descriptors() -> None:
+    """StartupError unless some more files can be opened: libzmq aborts the process where it gets none."""
+    free: list[int] = []
+    try:
+        while len(free) < _DESCRIPTORS:
+            free.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise StartupError(
+            f"the supervisor needs {_DESCRIPTORS} open files and this process can open {len(free)} more "
+            f"({error.strerror}); raise its limit (ulimit -n)"
+        ) from error
+    finally:
+        for fd in free:
+            os.close(fd)
 
 
 class _KnownKeys:
@@ -77,8 +94,12 @@ class ServerChannel:
         self._known = _KnownKeys()
         self._identities: set[bytes] = set()
         self._file: Path | None = None
-        self._socket = self._context.socket(zmq.ROUTER)
         self._poller = zmq.Poller()
+        try:
+            self._socket = self._context.socket(zmq.ROUTER)
+        except zmq.ZMQError as error:
+            self._context.term()
+            raise StartupError(f"the supervisor has no socket: {error}") from error
         try:
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + _MAX_SLACK)
@@ -97,6 +118,9 @@ class ServerChannel:
                 self._server_key = self._start_curve()
                 port = self._socket.bind_to_random_port("tcp://127.0.0.1")
                 self._address = f"tcp://127.0.0.1:{port}"
+        except zmq.ZMQError as error:
+            self.close()
+            raise StartupError(f"the supervisor's {kind} socket could not be made: {error}") from error
         except BaseException:
             self.close()
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from legion_shm.errors import ArenaFull, LegionError
 from legion_shm.transport.codec import (
     BlockStore,
     DevicePolicy,
@@ -110,7 +111,8 @@ def unpack(
 ) -> dict[str, object]:
     """Decode each value. ``give_back`` gets each delivered block that no view was made of.
 
-    Raises ProtocolError for anything malformed, UnsupportedValue for a device that is not here.
+    Raises ProtocolError for anything malformed, UnsupportedValue for a device that is not here, ArenaFull
+    where this process can map no more memory.
     """
     devices = DevicePolicy(allow_cpu=allow_cpu)
     result: dict[str, object] = {}
@@ -120,6 +122,13 @@ def unpack(
             viewed = _Viewed(store)
             try:
                 result[name] = decode(tree, blocks, viewed, devices=devices, path=name)
+            except (OSError, MemoryError) as error:
+                if isinstance(error, LegionError):
+                    raise
+                raise ArenaFull(
+                    f"{name.lstrip(chr(0))!r} arrived, and this process could not map it: {error}; it is at "
+                    "a limit of memory, mappings or open files (ulimit -v, vm.max_map_count, ulimit -n)"
+                ) from error
             finally:
                 for handle in viewed.taken:
                     pending.remove(handle)

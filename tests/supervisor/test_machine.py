@@ -787,6 +787,66 @@ def test_room_goes_to_the_job_that_has_waited_longest() -> None:
     assert legion.dies("w1") == [SpawnWorker("w2", "q")]
 
 
+def served_for(legion: Driver, seconds: int) -> list[Action]:
+    """Pool p, whose worker w1 runs b0, gets a job a second, one more than it ends, for so long."""
+    actions: list[Action] = []
+    for number in range(seconds):
+        legion.now += 1
+        legion.submit(f"b{number + 1}")
+        actions += legion.done("w1", f"b{number}")
+    return actions
+
+
+def test_a_pool_that_never_runs_dry_hands_its_place_on_when_another_has_waited_its_turn() -> None:
+    legion = Driver(max_workers=1)
+    legion.running("b0")
+    legion.pool("q")
+    assert legion.submit("patient", "q") == []
+    assert AskStop("w1") not in served_for(legion, 4)
+    legion.submit("last")
+    legion.now += 2
+    assert legion.done("w1", "b4") == [ResolveJob("b4", "done", None), AskStop("w1")]
+    assert legion.dies("w1", code=0) == [SpawnWorker("w2", "q")]
+    legion.now += 1
+    assert legion.ready("w2") == [SendJob("w2", "patient", 1)]
+    assert legion.done("w2", "patient") == [ResolveJob("patient", "done", None), AskStop("w2")]
+    assert legion.dies("w2", code=0) == [SpawnWorker("w3", "p")]
+    assert legion.ready("w3") == [SendJob("w3", "last", 1)]
+
+
+def test_a_turn_is_several_starts_long() -> None:
+    legion = Driver(max_workers=1)
+    legion.pool("q")
+    legion.submit("slow to start", "q")
+    legion.now += 10
+    legion.ready("w1")
+    legion.pool("p")
+    legion.submit("b0")
+    legion.done("w1", "slow to start")
+    legion.dies("w1", code=0)
+    legion.ready("w2")
+    legion.submit("patient", "q")
+    for number in range(39):
+        legion.now += 1
+        legion.submit(f"b{number + 1}")
+        assert AskStop("w2") not in legion.done("w2", f"b{number}")
+    legion.now += 1
+    legion.submit("last")
+    assert AskStop("w2") in legion.done("w2", "b39"), "40 s are over, four starts of 10 s"
+
+
+def test_a_waiting_job_that_was_cancelled_takes_no_place(legion: Driver) -> None:
+    legion = Driver(max_workers=1)
+    legion.running("b0")
+    legion.pool("q")
+    legion.submit("patient", "q")
+    served_for(legion, 4)
+    legion.cancel("patient")
+    legion.now += 9
+    legion.submit("more")
+    assert legion.done("w1", "b4") == [ResolveJob("b4", "done", None), SendJob("w1", "more", 1)]
+
+
 def test_an_idle_worker_ends_after_its_time_and_is_not_replaced(legion: Driver) -> None:
     legion.pool(idle_timeout_s=30.0)
     legion.submit("j")

@@ -13,6 +13,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from legion_shm.clock import monotonic_s
+from legion_shm.errors import StartupError
 from legion_shm.transport.channel import ChannelKind, ClientChannel, Endpoint, ServerChannel, channel_kinds
 
 MAX_BYTES = 1 << 20
@@ -288,7 +289,7 @@ def test_a_server_that_cannot_be_made_leaves_nothing(
         raise zmq.ZMQError(zmq.EADDRINUSE)
 
     monkeypatch.setattr(zmq.Socket, "bind", refuse)
-    with pytest.raises(zmq.ZMQError):
+    with pytest.raises(StartupError, match="in use"):
         ServerChannel(kind, directory=tmp_path, max_bytes=MAX_BYTES)
 
 

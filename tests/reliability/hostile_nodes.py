@@ -1,0 +1,47 @@
+"""One node class whose ``run`` executes the code that it is given, in the worker, with its host at hand."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any, ClassVar
+
+
+def host() -> Any:
+    """The worker's own host object: what a node should never touch."""
+    from legion_shm.supervisor.host import _Host
+
+    return next(thing for thing in gc.get_objects() if type(thing) is _Host)
+
+
+def wire(message: Any) -> bytes:
+    from legion_shm.transport.frames import encode_message
+
+    return encode_message(message, max_bytes=1 << 30)
+
+
+class Hostile:
+    RETURN_TYPES = ("*",)
+    FUNCTION = "run"
+    CATEGORY = "test"
+    INPUTS: ClassVar[dict[str, Any]] = {
+        "required": {"code": ("STRING", {"default": ""})},
+        "optional": {"value": ("*", {"forceInput": True})},
+    }
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name
+        return cls.INPUTS
+
+    @classmethod
+    def IS_CHANGED(cls, **_: object) -> float:  # noqa: N802 - the protocol's name
+        return float("nan")
+
+    def run(self, code: str, value: object = None) -> tuple[object]:
+        import legion_shm.transport.messages as messages
+
+        names = {**vars(messages), "host": host, "wire": wire, "value": value}
+        exec(code, names)
+        return (names.get("out", value),)
+
+
+NODE_CLASS_MAPPINGS = {"Hostile": Hostile}
