@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.config import JobOptions, SupervisorSettings, WorkerSpec
 from legion_shm.errors import (
@@ -101,6 +102,7 @@ class Supervisor:
         self._default_spec = WorkerSpec()
         self._recent: dict[int, _RecentSpec] = {}
         base = Path(settings.runtime_dir) if settings.runtime_dir is not None else None
+        faults.arm_from_environment()
         check_descriptors()
         segments, channel = _choose_segments(settings), _choose_channel(settings)
         sweep_stale(base)

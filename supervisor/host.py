@@ -26,6 +26,7 @@ import traceback
 from collections import deque
 from typing import cast
 
+from legion_shm import faults
 from legion_shm.errors import (
     JobCancelled,
     JobFailed,
@@ -47,6 +48,7 @@ from legion_shm.transport.messages import (
     Hello,
     JobCancelledReply,
     JobDone,
+    JobFailedReply,
     LogRecord,
     Message,
     NodeNotes,
@@ -62,6 +64,7 @@ from legion_shm.workflow import Workflow
 __all__ = ["main"]
 
 _PROMPTS_KEPT = 64
+_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and numpy, of torch
 
 
 def main(config: HostConfig) -> None:
@@ -74,6 +77,7 @@ def main(config: HostConfig) -> None:
     sys.path.extend(path for path in config.parent_path if path not in sys.path)
     for stream in (sys.stdout, sys.stderr):
         cast("io.TextIOWrapper", stream).reconfigure(line_buffering=True, errors="backslashreplace")
+    faults.arm_from_environment()
     host = _Host(config)
     try:
         started = host.start()
@@ -162,6 +166,8 @@ class _Host:
 
     def start(self) -> bool:
         config = self._config
+        if faults.hit is not None:
+            faults.hit("host.before_hello")
         self._send(Hello(config.worker, config.token, "job", os.getpid()))
         self._control.start()
         self._log_handler = LogHandler(self.log)
@@ -178,6 +184,8 @@ class _Host:
         self._control.engine = engine
         self._control.flush_logs(self._send)  # what was logged so far is no job's
         gc.freeze()  # the libraries' hundred thousands of objects need not be looked at in each collection
+        if faults.hit is not None:
+            faults.hit("host.before_ready")
         self._send(Ready(info.name, tuple(sorted(info.versions.items())), info.node_classes))
         return True
 
@@ -195,6 +203,8 @@ class _Host:
                     self._send(SegmentRetired(retired))
 
     def close(self) -> None:
+        if faults.hit is not None:
+            faults.hit("host.while_stopping")
         with contextlib.suppress(Exception):
             if self._engine is not None:
                 self._engine.close()
@@ -213,8 +223,12 @@ class _Host:
 
     def _run(self, message: RunJob) -> None:
         self._control.begin(message.job)
+        if faults.hit is not None:
+            faults.hit("host.before_begun")
         with contextlib.suppress(BlockingIOError):  # unread for thousands of jobs
             os.write(self._config.begun_fd, f"{begun_mark(message.job, message.attempt)}\n".encode())
+        if faults.hit is not None:
+            faults.hit("host.after_begun")
         try:
             reply = self._execute(message)
         finally:
@@ -225,11 +239,15 @@ class _Host:
         if self._log_handler is not None:
             self._log_handler.tell_left_out()
         self._control.flush_logs(self._send)
+        if faults.hit is not None:
+            faults.hit("host.before_reply")
         try:
             if not isinstance(reply, JobDone):
                 with self._jobs_lock:
                     self._send_notes()
             self._send(reply)
+            if faults.hit is not None:
+                faults.hit("host.after_reply")
         except MessageTooLarge as error:
             self._memory.discard_result(message.job)
             if isinstance(reply, JobDone):
@@ -238,6 +256,8 @@ class _Host:
             self._send(failure_reply(message, error))
         else:
             self._memory.result_sent(message.job)
+        if isinstance(reply, JobFailedReply) and reply.exception_type.endswith(_OUT_OF_MEMORY):
+            self._require_engine().free()  # whatever is kept for later jobs, this one lacked its room
 
     def _execute(self, message: RunJob) -> Message:
         received_us = _now_us()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ProtocolError, StartupError
 from legion_shm.events import Event, LogEvent, NodeEvent, PreviewEvent, ProgressEvent, TerminalState
@@ -256,6 +257,8 @@ class Inbox:
             return
         self._lending.take_result(worker, message)
         _emit_rows(submission, message, now)
+        if faults.hit is not None:
+            faults.hit("inbox.after_leases")
         stats = stats_from(
             submission,
             message,

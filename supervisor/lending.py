@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import Executor
 
+from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings
 from legion_shm.errors import ArenaFull, ProtocolError
@@ -207,12 +208,16 @@ class Lending:
         if worker.spawned is None or worker.spawned.descriptors is None:
             return True
         sock, fd = worker.spawned.descriptors, segment.descriptor
+        if faults.hit is not None:
+            faults.hit("lending.before_descriptor")
         try:
             send_segment_fd(sock, arena, segment_id, segment.nbytes, fd, timeout_s=0.0)
         except OSError as error:
             if isinstance(error, TimeoutError) or error.errno in _SOCKET_FULL:
                 return False
             _log.debug("worker %s took no descriptor: %s", worker.id, error)  # its end will be seen
+        if faults.hit is not None:
+            faults.hit("lending.after_descriptor")
         return True
 
     def pass_descriptors(self, now: float) -> None:

@@ -21,6 +21,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import JobCancelled, StartupError, WorkerLost
@@ -347,6 +348,8 @@ class Loop:
         self._submissions.clear()
 
     def _end(self) -> None:
+        if faults.hit is not None:
+            faults.hit("loop.before_end")
         with contextlib.ExitStack() as last:  # each of these, whatever becomes of the others
             last.callback(self._directory.close)
             last.callback(self.memory.close)

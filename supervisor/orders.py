@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from legion_shm import faults
 from legion_shm.config import WorkerSpec
 from legion_shm.errors import MessageTooLarge, StartupError
 from legion_shm.events import JobRetrying, JobStarted
@@ -87,6 +88,8 @@ class Orders:
         )
         try:
             self._processes.send(worker, message)
+            if faults.hit is not None:
+                faults.hit("orders.after_send_job")
         except MessageTooLarge as error:
             self._processes.send(worker, BlocksFreed(freed))
             self._lending.not_lent(worker, submission.packed)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
+from legion_shm import faults
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import StartupError
 from legion_shm.supervisor.spawn import HostConfig, current_dir, spawn_worker
@@ -119,6 +120,8 @@ class Processes:
                 text = f"worker {worker.id} could not be started: {error!r}"
                 self._post(partial(failed, worker, StartupError(text, worker_id=worker.id)))
             else:
+                if faults.hit is not None:
+                    faults.hit("processes.after_spawn")
                 self._post(partial(self.adopt, worker, spawned))
 
         try:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ArenaFull, ProtocolError
 from legion_shm.supervisor.spawn import HostConfig
@@ -210,6 +211,8 @@ class WorkerMemory:
                 )
             self._receive(remaining)
         answer = self._answers.popleft()
+        if faults.hit is not None:
+            faults.hit("worker.segment_granted")
         if isinstance(answer, SegmentRefused):
             raise ArenaFull(answer.reason)
         if answer.arena != self._config.arena:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Condition
 
+from legion_shm import faults
 from legion_shm.errors import ArenaFull, ForkedError
 from legion_shm.transport.allocator import BlockAllocator
 from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle, round_up
@@ -121,7 +122,7 @@ class Arena:
                     continue
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise self._full(nbytes) from shortage
+                raise self._full(nbytes, shortage) from shortage
             if shortage is not None:
                 remaining = min(remaining, _SHORTAGE_RETRY_S)
             if others or self._wait is None:
@@ -130,6 +131,8 @@ class Arena:
             else:
                 self._wait(remaining)
         try:
+            if faults.hit is not None:
+                faults.hit("arena.after_reserve")
             segment.prefault(handle.offset, nbytes)
             return Block(handle, segment.shared_address() + handle.offset, segment.shared_memory())
         except BaseException:
@@ -249,7 +252,11 @@ class Arena:
                     self._allocator.add_segment(made[0], made[1].nbytes)
                 self._note_change()
 
-    def _full(self, nbytes: int) -> ArenaFull:
+    def _full(self, nbytes: int, shortage: ArenaFull | None) -> ArenaFull:
+        if shortage is not None:
+            return ArenaFull(
+                f"no room for a block of {nbytes} bytes within {self._full_wait_s:g} s: {shortage}"
+            )
         stats = self.stats()
         return ArenaFull(
             f"no room for a block of {nbytes} bytes within {self._full_wait_s:g} s: {stats.blocks} blocks "

@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from threading import Lock
 
+from legion_shm import faults
+
 __all__ = ["SPLIT_MIN_BYTES", "copy_memory"]
 
 SPLIT_MIN_BYTES = 2 * 1024 * 1024
@@ -73,6 +75,12 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
 
     From `SPLIT_MIN_BYTES` on two threads share the work, where this process may use two processors.
     """
+    if faults.hit is not None:
+        half = nbytes // 2
+        ctypes.memmove(dst_address, src_address, half)
+        faults.hit("copy.half_done")
+        ctypes.memmove(dst_address + half, src_address + half, nbytes - half)
+        return
     helper = _helper
     half = 0
     copying = None

@@ -26,6 +26,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
+from legion_shm import faults
 from legion_shm.errors import ConfigError
 from legion_shm.transport.segment_portable import unlink_name
 
@@ -88,6 +89,8 @@ class RuntimeDir:
             path = base / secrets.token_hex(_NAME_BYTES)
         try:
             os.write(lock_fd, prefix.encode("ascii"))
+            if faults.hit is not None:
+                faults.hit("runtime_dir.after_lock")
             path.mkdir(mode=0o700)
             path.chmod(0o700)
         except BaseException:

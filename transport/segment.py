@@ -14,6 +14,7 @@ import errno
 from abc import ABC, abstractmethod
 from typing import Literal
 
+from legion_shm import faults
 from legion_shm.errors import ArenaFull, InvalidHandle
 from legion_shm.transport.handles import BLOCK_ALIGN
 
@@ -109,6 +110,8 @@ def create_segment(kind: SegmentKind, nbytes: int, *, name_prefix: str) -> Segme
         # Allocating it all the same would not fail: the kernel's OOM killer would end some process.
         raise ArenaFull(f"a segment of {nbytes} bytes: the machine has {available} bytes of memory left")
     try:
+        if faults.hit is not None:
+            faults.hit("segment.create")
         if kind == "memfd":
             from legion_shm.transport.segment_memfd import MemfdSegment
 

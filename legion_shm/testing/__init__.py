@@ -3,6 +3,7 @@
 Owns no state. Nothing in the package itself imports it.
 
 - `legion_shm.testing.leaks`: `snapshot` before, `assert_nothing_left` after.
+- `legion_shm.testing.failpoints`: a fault at a named place, switched by the environment.
 - `legion_shm.testing.nodes`: node classes that sleep, fail, crash, write where they should not.
 """
 
