@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.context import SpawnProcess, set_spawning_popen
 from pathlib import Path
@@ -59,10 +59,10 @@ class HostConfig:
     """What a worker process is told at its start; picklable, and unpicklable without torch."""
 
     worker: str
-    token: str
+    token: str = field(repr=False)
     endpoint: Endpoint
-    job_identity: bytes
-    control_identity: bytes
+    job_identity: bytes = field(repr=False)
+    control_identity: bytes = field(repr=False)
     arena: int
     arena_quota_bytes: int
     arena_wait_s: float

@@ -69,7 +69,7 @@ class WorkerIO:
     id: str
     spec: WorkerSpec
     log_lines: int
-    token: str = field(default_factory=new_token)
+    token: str = field(default_factory=new_token, repr=False)
     arena: int = field(default_factory=new_arena_id)
     endpoint: Endpoint | None = None
     spawned: SpawnedWorker | None = None

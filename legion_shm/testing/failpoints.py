@@ -21,7 +21,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def _pause(gate: Path) -> None:
 
 def arm(text: str) -> None:
     """Put these faults in place in this process, instead of any before. ConfigError where it says nothing."""
-    found = {}
+    found: dict[str, _Fault] = {}
     for part in text.split(","):
         place, _, rest = (piece.strip() for piece in part.partition("="))
         rest, _, marker = rest.partition("?")
@@ -128,7 +128,7 @@ def arm(text: str) -> None:
 
 
 @contextlib.contextmanager
-def armed(text: str) -> Iterator[None]:
+def armed(text: str) -> Generator[None, None, None]:
     """`arm` for a block of a test, in this process."""
     before = faults.hit
     arm(text)
