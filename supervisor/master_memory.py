@@ -17,6 +17,7 @@ from typing import Any
 
 from legion_shm.errors import ArenaFull
 from legion_shm.ids import new_arena_id
+from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.result import Delivery
 from legion_shm.transport.arena import Arena, ArenaStats, Block
 from legion_shm.transport.attachments import Attachments
@@ -49,6 +50,7 @@ class MasterMemory:
         segments_retired: Callable[[int, tuple[int, ...]], None],
         resident: Callable[[BlockHandle], None],
     ) -> None:
+        install_comfy_values()
         self.inline_max_bytes = inline_max_bytes
         self.kind: SegmentKind = kind
         self.arena_id = new_arena_id()

@@ -16,6 +16,7 @@ from typing import Any
 from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ArenaFull, ProtocolError
+from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
@@ -51,6 +52,7 @@ class WorkerMemory:
         send: Callable[[Message], None],
         receive: Callable[[float | None], Message | None],
     ) -> None:
+        install_comfy_values()
         self.inline_max_bytes = config.inline_max_bytes
         self._config, self._send, self._receive = config, send, receive
         self._kind = config.segments
