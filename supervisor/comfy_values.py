@@ -46,6 +46,7 @@ _BASES = {("comfy.samplers", "CFGGuider"), ("comfy.samplers", "KSAMPLER")}
 _NOISE = ("comfy_extras.nodes_custom_sampler", "Noise_")
 _MODULE_CLASSES = {("torch.nn.modules.module", "Module")}
 
+_BY_NAME, _BY_PATH = "comfy", "comfy-path"
 _FUNCTION = "comfy:function"
 _LOCALS = ".<locals>."
 
@@ -70,17 +71,21 @@ class ComfyValues:
         module = _public_name(cls.__module__)
         if not _allowed(module, cls):
             return None
-        return plain_type(f"comfy:{module}:{cls.__qualname__}", cls)
+        kind = _BY_NAME if cls.__module__ == module else _BY_PATH
+        return plain_type(f"{kind}:{module}:{cls.__qualname__}", cls)
 
     def for_name(self, name: str) -> ValueType | None:
         if name == _FUNCTION:
             return _FUNCTIONS
         parts = name.split(":")
-        if len(parts) != 3 or parts[0] != "comfy":
+        if len(parts) != 3 or parts[0] not in (_BY_NAME, _BY_PATH):
             return None
-        _, public, qualname = parts
+        kind, public, qualname = parts
         reason: LookupError | None = None
-        for module in _modules(public):
+        # A module of extra nodes may be loaded twice, by its name and by its path, with two classes.
+        for module in sorted(
+            _modules(public), key=lambda module: (module.__name__ == public) != (kind == _BY_NAME)
+        ):
             try:
                 cls = find_class(module.__name__, qualname)
             except LookupError as error:

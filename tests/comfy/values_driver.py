@@ -1,0 +1,140 @@
+"""Sends a value of every type from one real ComfyUI to another and back, and writes what came of each.
+
+    python values_driver.py RESULTS.json COMFYUI_PATH [ComfyUI arguments ...]
+
+This process has ComfyUI loaded, as the master has; the worker is a ComfyUI of its own. What comes back
+must be what was sent: classes, bits, strides, and which objects are one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import struct
+import sys
+import types
+from collections import OrderedDict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from legion_shm import LegionError, Supervisor, UnsupportedValue, WorkerSpec
+from legion_shm.supervisor.comfy import ComfyEngine
+from legion_shm.transport.codec_objects import fields_of
+
+_PASS = {
+    "1": {"class_type": "LegionImporter", "inputs": {}},
+    "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
+}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value") -> str | None:
+    """Where two values differ first, or None. ``pairs`` holds which object stands for which."""
+    if type(sent) is not type(got):
+        return f"{where}: {type(sent).__name__} came back as {type(got).__name__}"
+    if isinstance(sent, (bool, int, str, bytes, Enum, type(None))):
+        return None if sent == got else f"{where}: {sent!r:.40} came back as {got!r:.40}"
+    if isinstance(sent, float):
+        return None if struct.pack("<d", sent) == struct.pack("<d", got) else f"{where}: {sent!r} as {got!r}"
+    if id(sent) in pairs:
+        return None if pairs[id(sent)] == id(got) else f"{where}: one object came back as two"
+    if id(got) in pairs.values():
+        return f"{where}: two objects came back as one"
+    pairs[id(sent)] = id(got)
+    if isinstance(sent, torch.Tensor):
+        return tensor_difference(sent, got, where)
+    if isinstance(sent, np.ndarray):
+        same = sent.dtype == got.dtype and sent.shape == got.shape and sent.tobytes() == got.tobytes()
+        return None if same else f"{where}: another array"
+    if isinstance(sent, io.BytesIO):
+        same = (sent.getvalue(), sent.tell()) == (got.getvalue(), got.tell())
+        return None if same else f"{where}: another stream"
+    if isinstance(sent, types.FunctionType):
+        if "<locals>" not in sent.__qualname__:
+            return None if sent is got else f"{where}: another function"
+        if sent.__code__ != got.__code__:
+            return f"{where}: another function's code"
+        sent, got = ([cell.cell_contents for cell in one.__closure__ or ()] for one in (sent, got))
+        return difference(sent, got, pairs, f"{where}'s closure")
+    if isinstance(sent, (list, tuple)):
+        if len(sent) != len(got):
+            return f"{where}: {len(sent)} items came back as {len(got)}"
+        found = (
+            difference(a, b, pairs, f"{where}[{n}]") for n, (a, b) in enumerate(zip(sent, got, strict=True))
+        )
+        return next((text for text in found if text), None)
+    if isinstance(sent, (set, frozenset)):
+        return None if sent == got else f"{where}: another set"
+    if isinstance(sent, (dict, OrderedDict)):
+        if list(map(repr, sent)) != list(map(repr, got)):
+            return f"{where}: other keys"
+        found = (
+            difference(a, b, pairs, f"{where}[{key!r:.40}]")
+            for (key, a), b in zip(sent.items(), got.values(), strict=True)
+        )
+        return next((text for text in found if text), None)
+    if type(sent).__module__ == "fractions":
+        return None if sent == got else f"{where}: another number"
+    return difference(fields_of(sent), fields_of(got), pairs, where)
+
+
+def tensor_difference(sent: torch.Tensor, got: torch.Tensor, where: str) -> str | None:
+    for name in ("dtype", "shape", "device", "requires_grad"):
+        if getattr(sent, name) != getattr(got, name):
+            return f"{where}: {name} {getattr(sent, name)} came back as {getattr(got, name)}"
+    dense = sent.is_contiguous() or sent.numel() == 0
+    if dense and sent.stride() != got.stride():
+        return f"{where}: strides {sent.stride()} came back as {got.stride()}"
+    if not sent.numel():
+        return None
+    bits = _BITS[sent.dtype.itemsize]
+    same = torch.equal(sent.detach().contiguous().view(bits), got.detach().contiguous().view(bits))
+    return None if same else f"{where}: other bits"
+
+
+def main(results: Path, comfyui: str, arguments: tuple[str, ...]) -> None:
+    engine = ComfyEngine(comfyui_path=comfyui, extra_args=arguments)
+    info = engine.start()
+    values: Any = importlib.import_module("value_samples")  # beside this file; ComfyUI has tests of its own
+
+    spec = WorkerSpec(
+        engine="comfy", comfyui_path=comfyui, python_executable=sys.executable, extra_args=arguments
+    )
+    rows: list[dict[str, Any]] = []
+    with Supervisor() as legion:
+        for kind, what, maker, make in values.samples():
+            row: dict[str, Any] = {"type": kind, "what": what, "maker": maker}
+            rows.append(row)
+            try:
+                value = make()
+            except values.Missing:
+                row["outcome"] = "absent"
+                continue
+            except Exception as error:
+                row.update(outcome="no sample", reason=f"{type(error).__name__}: {error}")
+                continue
+            try:
+                got = legion.submit(_PASS, inputs=[value], spec=spec).result(timeout=120)["output_1"]
+            except UnsupportedValue as error:
+                row.update(
+                    outcome="refused", path=error.path, reason=str(error).removeprefix(f"{error.path}: ")
+                )
+                continue
+            except LegionError as error:
+                row.update(outcome="failed", reason=f"{type(error).__name__}: {error}")
+                continue
+            wrong = difference(value, got, {})
+            row.update(outcome="exact" if wrong is None else "differs", reason=wrong)
+    engine.close()
+    results.write_text(
+        json.dumps({"version": info.versions["comfyui"], "types": values.known_types(), "rows": rows})
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], tuple(sys.argv[3:]))
