@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from legion_shm.job_context import check_cancelled, current_job, progress
     from legion_shm.supervisor.api import Supervisor
+    from legion_shm.supervisor.freeing import FreedMemory
     from legion_shm.supervisor.job import Job
     from legion_shm.supervisor.result import JobStats, Result, Transfer
     from legion_shm.supervisor.state import WorkerInfo
@@ -67,6 +68,7 @@ __all__ = [
     "Event",
     "EventsDropped",
     "ForkedError",
+    "FreedMemory",
     "InvalidHandle",
     "InvalidWorkflow",
     "Job",
@@ -144,6 +146,7 @@ _MODULES = {
     ),
     "legion_shm.job_context": ("check_cancelled", "current_job", "progress"),
     "legion_shm.supervisor.api": ("Supervisor",),
+    "legion_shm.supervisor.freeing": ("FreedMemory",),
     "legion_shm.supervisor.job": ("Job",),
     "legion_shm.supervisor.result": ("JobStats", "Result", "Transfer"),
     "legion_shm.supervisor.state": ("WorkerInfo",),

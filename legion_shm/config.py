@@ -277,6 +277,8 @@ class JobKeywords(TypedDict, total=False):
     deadline_s: float | None
     retries: int
     allow_cpu: bool
+    targets: Sequence[str] | None
+    extra_data: Mapping[str, object]
 
 
 class JobOptions(_Settings):
@@ -284,7 +286,10 @@ class JobOptions(_Settings):
 
     ``deadline_s`` seconds after submission the job is ended with DeadlineExceeded. ``retries`` is how
     often it may be run again after its worker was lost. ``allow_cpu`` lets a tensor of a device that
-    the worker does not have arrive in the worker's main memory.
+    the worker does not have arrive in the worker's main memory. ``targets`` are ids of output nodes: only
+    these are run, and what they are made of; None: all output nodes. ``extra_data`` is ComfyUI's
+    ``extra_data``, from which hidden inputs are filled (``extra_pnginfo``, API keys) and ``preview_method``
+    is taken.
     """
 
     title: ClassVar[str] = "submit"
@@ -293,6 +298,8 @@ class JobOptions(_Settings):
     deadline_s: Seconds | None = None
     retries: int = Field(default=0, ge=0, le=100)
     allow_cpu: bool = False
+    targets: Sequence[str] | None = None
+    extra_data: Mapping[str, object] = Field(default_factory=dict[str, object], repr=False)  # may hold keys
 
     @field_validator("spec", mode="before")
     @classmethod

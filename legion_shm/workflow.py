@@ -16,7 +16,7 @@ import json
 import marshal
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, cast
@@ -31,6 +31,7 @@ __all__ = [
     "WorkflowCache",
     "check_inputs",
     "is_link",
+    "limited_to",
     "load_workflow",
     "name_inputs",
     "pack_workflow",
@@ -417,6 +418,25 @@ class WorkflowCache:
 
 
 _MARSHAL_VERSION = 2  # later ones write whether two equal texts are one object
+
+
+def limited_to(workflow: Workflow, targets: Iterable[str]) -> Workflow:
+    """The nodes with these ids and all that they are made of, in the workflow's order.
+
+    Raises InvalidWorkflow for an id that is not there, and for none.
+    """
+    wanted = [str(target) for target in targets]
+    unknown = [target for target in wanted if target not in workflow]
+    if unknown or not wanted:
+        names = ", ".join(unknown) or "none given"
+        raise InvalidWorkflow(f"targets: {names}: expected ids of output nodes of the workflow")
+    kept: set[str] = set()
+    while wanted:
+        node_id = wanted.pop()
+        if node_id not in kept:
+            kept.add(node_id)
+            wanted.extend(source for _, source in _sources(workflow[node_id]))
+    return {node_id: node for node_id, node in workflow.items() if node_id in kept}
 
 
 def pack_workflow(workflow: Workflow) -> tuple[bytes, bytes]:

@@ -9,8 +9,9 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -18,13 +19,19 @@ from legion_shm.clock import monotonic_s
 from legion_shm.errors import LegionError
 from legion_shm.nodes.bridge import raise_if_interrupted
 from legion_shm.nodes.legion_yaml import Configuration
-from legion_shm.nodes.shared_supervisor import PROBE, current_supervisor, spec_for
+from legion_shm.nodes.shared_supervisor import current_supervisor, spec_for
+
+if TYPE_CHECKING:
+    from legion_shm.config import WorkerSpec
+    from legion_shm.supervisor.api import Supervisor
+    from legion_shm.supervisor.freeing import FreedMemory
 
 __all__ = ["Released", "release_workers"]
 
 _log = logging.getLogger("legion_shm.nodes")
 
 _POLL_S = 0.05
+_SLACK_S = 10.0
 _MIB = 1 << 20
 
 
@@ -53,35 +60,51 @@ def release_workers(configuration: Configuration | None, *, stop: bool, timeout_
     workers = [worker for worker in supervisor.workers() if key is None or worker.spec_key == key]
     if not workers:
         return _said(Released(0.0, "no such worker is running"))
+    if not stop:
+        return _said(_emptied(_free(supervisor, spec, timeout_s)))
     pids = [worker.pid for worker in workers if worker.pid is not None]
     before, gpu_before = _private_bytes(pids), _gpu_free_bytes()
     deadline_s = monotonic_s() + timeout_s
-    if stop:
-        supervisor.stop_workers(spec)
-        ids = {worker.id for worker in workers}
-        while ids & {worker.id for worker in supervisor.workers()}:
-            _pause(deadline_s, f"{len(ids)} workers have not ended; they run jobs still")
-    else:
-        supervisor.free(spec)
-        # Emptying is done in order with jobs: when one that came after it has run, so has it.
-        for worker in workers:
-            if spec is not None and worker.state != "starting":
-                probe = supervisor.submit(PROBE, spec=spec)
-                while not probe.done():
-                    _pause(deadline_s, "the worker has not been emptied; it runs a job still")
-    mib = max(0, before - _private_bytes(pids)) / _MIB
-    text = f"{_counted(len(workers))} {'ended' if stop else 'emptied'}, {mib:,.0f} MiB of memory came back"
-    gpu_mib = (_gpu_free_bytes() - gpu_before) / _MIB
-    if gpu_mib > 0:
-        text += f", and {gpu_mib:,.0f} MiB of GPU memory"
-    return _said(Released(mib, text))
+    supervisor.stop_workers(spec)
+    ids = {worker.id for worker in workers}
+    while ids & {worker.id for worker in supervisor.workers()}:
+        _pause(deadline_s, f"{len(ids)} workers have not ended; they run jobs still")
+    host_mib = max(0, before - _private_bytes(pids)) / _MIB
+    return _said(_released(len(workers), "ended", host_mib, (_gpu_free_bytes() - gpu_before) / _MIB))
+
+
+def _free(supervisor: Supervisor, spec: WorkerSpec | None, timeout_s: float) -> tuple[FreedMemory, ...]:
+    """In a thread of its own, for this one looks whether it was interrupted."""
+    with ThreadPoolExecutor(1, "legion-release") as helper:
+        asked = helper.submit(supervisor.free, spec, wait_s=timeout_s)
+        deadline_s = monotonic_s() + timeout_s + _SLACK_S
+        while not asked.done():
+            _pause(deadline_s, "the worker has not been emptied; it runs a job still")
+        try:
+            return asked.result()
+        except TimeoutError:
+            raise _not_yet("the worker has not been emptied; it runs a job still") from None
+
+
+def _emptied(freed: tuple[FreedMemory, ...]) -> Released:
+    host_mib = sum(worker.host_bytes for worker in freed) / _MIB
+    return _released(len(freed), "emptied", host_mib, sum(worker.gpu_bytes for worker in freed) / _MIB)
+
+
+def _released(workers: int, what: str, host_mib: float, gpu_mib: float) -> Released:
+    text = f"{_counted(workers)} {what}, {host_mib:,.0f} MiB of memory came back"
+    return Released(host_mib, f"{text}, and {gpu_mib:,.0f} MiB of GPU memory" if gpu_mib > 0 else text)
 
 
 def _pause(deadline_s: float, what: str) -> None:
     raise_if_interrupted()
     if monotonic_s() > deadline_s:
-        raise LegionError(f"Legion: Release: {what}; wait longer (timeout), or cancel them")
+        raise _not_yet(what)
     time.sleep(_POLL_S)
+
+
+def _not_yet(what: str) -> LegionError:
+    return LegionError(f"Legion: Release: {what}; wait longer (timeout), or cancel them")
 
 
 def _counted(count: int) -> str:

@@ -35,6 +35,7 @@ from legion_shm.errors import (
 )
 from legion_shm.ids import new_job_id
 from legion_shm.supervisor.feed import JobFeed
+from legion_shm.supervisor.freeing import FreedMemory
 from legion_shm.supervisor.job import Job
 from legion_shm.supervisor.loop import Loop
 from legion_shm.supervisor.resolve import resolve_spec
@@ -42,10 +43,10 @@ from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUpRequested
 from legion_shm.supervisor.submission import Submission
 from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds, check_descriptors
-from legion_shm.transport.messages import Free
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
-from legion_shm.workflow import WorkflowCache, check_inputs, name_inputs
+from legion_shm.transport.values import EXTRA_DATA
+from legion_shm.workflow import WorkflowCache, check_inputs, limited_to, load_workflow, name_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,7 @@ __all__ = ["Supervisor"]
 _log = logging.getLogger("legion_shm.supervisor")
 
 _SNAPSHOT_WAIT_S = 5.0
+_LOOK_S = 0.2  # how often who waits for workers looks whether they live
 _CLOSE_SLACK_S = 10.0
 _FRAME_SLACK_BYTES = 4096
 _RESOLVED_FOR_S = 1.0
@@ -135,7 +137,7 @@ class Supervisor:
 
         ``workflow``: API format, as a dict, a path or JSON text. ``inputs``: a sequence fills the channels
         ``input_1``, ``input_2``, ...; a mapping names them. Options are those of `JobOptions`: ``spec``,
-        ``deadline_s``, ``retries``, ``allow_cpu``.
+        ``deadline_s``, ``retries``, ``allow_cpu``, ``targets``, ``extra_data``.
 
         Raises InvalidWorkflow, UnsupportedValue (with the path inside the inputs), ConfigError, QueueFull,
         MessageTooLarge, ArenaFull (after a bounded wait for shared memory), SupervisorClosed.
@@ -145,6 +147,8 @@ class Supervisor:
         if options.get("spec") is None:
             options["spec"] = self._default_spec
         checked = JobOptions(**cast("dict[str, Any]", options))
+        if checked.targets is not None:
+            workflow = limited_to(load_workflow(workflow), checked.targets)
         prepared = self._workflows.prepare(workflow)
         values = name_inputs(inputs)
         unread = check_inputs(prepared.channels, values)
@@ -154,6 +158,8 @@ class Supervisor:
         pool = self._pool_of(checked.spec, submitted_s)
         self._take_place()
         try:
+            if checked.extra_data:
+                values[EXTRA_DATA] = dict(checked.extra_data)
             packed = self._memory.pack(values)
             size = len(prepared.data) + sum(len(value[1]) for value in packed.values) + _FRAME_SLACK_BYTES
             if size > self.settings.max_message_bytes:
@@ -266,10 +272,22 @@ class Supervisor:
         resolved = resolve_spec(spec or WorkerSpec())
         self._loop.stimulate(WarmUpRequested(self._pool(resolved), workers))
 
-    def free(self, spec: WorkerSpec | None = None) -> None:
-        """Have workers (of a spec, or all) drop their caches and models once they are idle."""
+    def free(self, spec: WorkerSpec | None = None, *, wait_s: float | None = None) -> tuple[FreedMemory, ...]:
+        """Have workers (of a spec, or all) drop their caches and models once they are idle.
+
+        ``wait_s``: wait for that, for so many seconds at most, and give what came back, a `FreedMemory` for
+        each worker; without it this returns at once, with nothing. Raises TimeoutError.
+        """
         self._check_open()
-        self._loop.broadcast(Free(), None if spec is None else self._pool(resolve_spec(spec)))
+        freeing = self._loop.free(None if spec is None else self._pool(resolve_spec(spec)))
+        if wait_s is None:
+            return ()
+        deadline_s = monotonic_s() + wait_s
+        while not freeing.wait(min(_LOOK_S, max(deadline_s - monotonic_s(), 0.0))):
+            freeing.forget_all_but({worker.id for worker in self.workers()})
+            if monotonic_s() >= deadline_s:
+                raise TimeoutError(f"free: not done within {wait_s:g} s; a worker runs a job still")
+        return freeing.freed
 
     def stop_workers(self, spec: WorkerSpec | None = None) -> None:
         """End workers (of a spec, or all) once their job is done; jobs that come later start new ones."""

@@ -181,7 +181,8 @@ class ComfyEngine:
         executor = comfy.executor
         executor.success = True  # ComfyUI sets it only when a node has run
         try:
-            executor.execute(prompt, job.job_id, {"client_id": _CLIENT}, outputs)
+            extra_data = {**request.extra_data, "client_id": _CLIENT}
+            executor.execute(prompt, job.job_id, extra_data, outputs)
         except asyncio.CancelledError:
             _stop_if_cancelled(job)
             raise _broken_off(job, "asyncio.CancelledError", "") from None
@@ -199,6 +200,7 @@ class ComfyEngine:
             ui={str(node_id): dict(shown) for node_id, shown in history.get("outputs", {}).items()},
             executed=job.executed,
             cached=len(job.cached),
+            folders=comfy.folders(),
         )
 
     def _check_messages(self, job: ComfyJob, executor: Any) -> None:

@@ -62,6 +62,15 @@ class HeadlessComfy:
     _thread: threading.Thread
     _temp: _Temp
 
+    def folders(self) -> dict[str, str]:
+        """Where the files are that output nodes tell of, by their type."""
+        paths: Any = sys.modules["folder_paths"]
+        return {
+            "input": os.path.abspath(paths.get_input_directory()),
+            "output": os.path.abspath(paths.get_output_directory()),
+            "temp": os.path.abspath(paths.get_temp_directory()),
+        }
+
     def restore_hooked_functions(self) -> None:
         """What ComfyUI does after prompts against custom nodes that replace its functions."""
         restore = getattr(sys.modules.get("hook_breaker_ac10a0"), "restore_functions", None)

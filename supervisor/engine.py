@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from legion_shm.transport.values import FOLDERS
+
 __all__ = ["Engine", "EngineEvents", "EngineInfo", "JobOutcome", "JobRequest", "NodeStatus", "Prompt"]
 
 Prompt = Mapping[str, Mapping[str, object]]
@@ -37,6 +39,7 @@ class JobRequest:
     ``prompt_digest`` is equal for equal workflows, so that an engine can keep what it validated.
     ``identities`` says of each input what a cache may key on: equal bytes mean an equal value; None
     means that this very value can never be given again, so nothing made from it is worth keeping.
+    ``extra_data`` is what ComfyUI calls so: what hidden inputs such as EXTRA_PNGINFO are filled from.
     """
 
     job_id: str
@@ -44,16 +47,26 @@ class JobRequest:
     prompt_digest: bytes
     inputs: Mapping[str, object]
     identities: Mapping[str, bytes | None]
+    extra_data: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What a job made: ``outputs`` by channel name, ``ui`` as output nodes reported it, by node id."""
+    """What a job made: ``outputs`` by channel name, ``ui`` as output nodes reported it, by node id.
+
+    ``folders``: where files are that ``ui`` says to be of a type (``input``, ``output``, ``temp``).
+    """
 
     outputs: Mapping[str, object]
     ui: Mapping[str, Mapping[str, object]]
     executed: int
     cached: int
+    folders: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def report(self) -> Mapping[str, Mapping[str, object]]:
+        """What goes back besides the outputs; folders only with something that may lie in them."""
+        return {**self.ui, FOLDERS: self.folders} if self.ui and self.folders else self.ui
 
 
 class EngineEvents(Protocol):

@@ -183,12 +183,20 @@ def _no_grad() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", torch.no_grad())
 
 
+def _folders() -> dict[str, str]:
+    """Where the files are that output nodes tell of, by their type."""
+    from legion_shm.supervisor.graph_nodes.directories import input_directory, output_directory
+
+    return {"input": os.path.abspath(input_directory()), "output": os.path.abspath(output_directory())}
+
+
 class _GraphJob(job_context.JobContext):
     """The current job: passes progress and previews on, naming the node that runs."""
 
     def __init__(self, request: JobRequest, events: EngineEvents) -> None:
         super().__init__(request.job_id, request.inputs, identities=request.identities)
         self._events = events
+        self.extra_data = request.extra_data
         self.node_id: str | None = None
 
     def report_progress(self, value: float, total: float, node_id: str | None) -> None:
@@ -240,7 +248,11 @@ class _Run:
             self._release(node)
         self._job.check_cancelled()
         return JobOutcome(
-            outputs=self._job.outputs, ui=self._ui, executed=executed, cached=len(plan.nodes) - executed
+            outputs=self._job.outputs,
+            ui=self._ui,
+            executed=executed,
+            cached=len(plan.nodes) - executed,
+            folders=_folders() if self._ui else {},
         )
 
     def _choose(self, plan: Plan, signatures: Mapping[str, Signature]) -> list[str]:
@@ -349,7 +361,7 @@ class _Run:
             if node.class_type in self._cache.writers:
                 inputs[name] = private_copy(inputs[name])
         for name, kind in node.hidden.items():
-            inputs[name] = (hidden_value(kind, node.node_id, plan.prompt),)
+            inputs[name] = (hidden_value(kind, node.node_id, plan.prompt, self._job.extra_data),)
         return inputs
 
     def _is_known(self, node: PlannedNode) -> bool:

@@ -354,10 +354,14 @@ def _parameters(function: Callable[..., object] | None) -> _Parameters:
     )
 
 
-def hidden_value(kind: str, node_id: str, prompt: Mapping[str, object]) -> object:
+def hidden_value(
+    kind: str, node_id: str, prompt: Mapping[str, object], extra_data: Mapping[str, object] | None = None
+) -> object:
     """What a hidden input of this kind receives; None for what only ComfyUI's server knows."""
     if kind == "UNIQUE_ID":
         return node_id
+    if kind == "EXTRA_PNGINFO":
+        return copy.deepcopy((extra_data or {}).get("extra_pnginfo"))
     return copy.deepcopy(dict(prompt)) if kind == "PROMPT" else None
 
 

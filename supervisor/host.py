@@ -24,6 +24,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Mapping
 from typing import cast
 
 from legion_shm import faults
@@ -34,6 +35,7 @@ from legion_shm.errors import (
 )
 from legion_shm.supervisor import death_pipe
 from legion_shm.supervisor.engine import Engine, JobRequest
+from legion_shm.supervisor.freeing import measured
 from legion_shm.supervisor.host_control import ControlThread
 from legion_shm.supervisor.host_reports import Events, LogHandler, failure_reply
 from legion_shm.supervisor.spawn import HostConfig
@@ -45,6 +47,7 @@ from legion_shm.transport.frames import decode_message, encode_message
 from legion_shm.transport.messages import (
     HANDLES_MAX,
     Free,
+    Freed,
     Hello,
     JobCancelledReply,
     JobDone,
@@ -59,6 +62,7 @@ from legion_shm.transport.messages import (
     StartFailed,
     Stop,
 )
+from legion_shm.transport.values import EXTRA_DATA
 from legion_shm.workflow import Workflow
 
 __all__ = ["main"]
@@ -196,7 +200,7 @@ class _Host:
                 continue
             if self._free_wanted:
                 self._free_wanted = False
-                self._require_engine().free()
+                self._send(Freed(*measured(self._require_engine().free)))
             if self._receive_message(self._memory.trim_in_s()) is None:
                 retired = self._memory.trim()
                 if retired:
@@ -263,12 +267,14 @@ class _Host:
         received_us = _now_us()
         try:
             inputs, identities = self._memory.decode_inputs(message.values, allow_cpu=message.allow_cpu)
+            extra_data = inputs.pop(EXTRA_DATA, {})
             request = JobRequest(
                 job_id=message.job,
                 prompt=self._prompt(message),
                 prompt_digest=message.digest,
                 inputs=inputs,
                 identities=identities,
+                extra_data=cast("Mapping[str, object]", extra_data),
             )
             del inputs
             decoded_us = _now_us()
@@ -280,7 +286,7 @@ class _Host:
                     os._exit(1)  # a node forked, and its child came back here: the sockets are not its own
             del request
             executed_us = _now_us()
-            values = self._memory.encode_outputs(message.job, outcome.outputs, outcome.ui)
+            values = self._memory.encode_outputs(message.job, outcome.outputs, outcome.report)
             counts = (outcome.executed, outcome.cached)
             del outcome  # what the job held is given back together with its result
             with self._jobs_lock:  # what the control thread has in hand goes first

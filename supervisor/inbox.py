@@ -16,6 +16,7 @@ from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ProtocolError, StartupError
 from legion_shm.events import Event, LogEvent, NodeEvent, PreviewEvent, ProgressEvent, TerminalState
+from legion_shm.supervisor.freeing import FreedMemory
 from legion_shm.supervisor.lending import Lending
 from legion_shm.supervisor.machine import Machine
 from legion_shm.supervisor.master_memory import MasterMemory
@@ -28,6 +29,7 @@ from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.frames import decode_message
 from legion_shm.transport.messages import (
+    Freed,
     Heartbeat,
     Hello,
     JobCancelledReply,
@@ -72,10 +74,12 @@ class Inbox:
         machine: Machine,
         submissions: Mapping[str, Submission],
         handle: Callable[[Stimulus, float], None],
+        freed: Callable[[FreedMemory], None],
     ) -> None:
         self._max_bytes, self._channel = max_bytes, channel
         self._processes, self._lending, self._memory = processes, lending, memory
         self._machine, self._submissions, self._handle = machine, submissions, handle
+        self._tell_freed = freed
         self.protocol_errors = 0
         self.ignored = 0
         self._handlers: dict[type[Message], _Handler] = {
@@ -92,6 +96,7 @@ class Inbox:
             JobCancelledReply: self._ended,
             SegmentRequest: self._segment_request,
             SegmentRetired: self._segments_retired,
+            Freed: self._freed,
         }
 
     def drain(self) -> set[str] | None:
@@ -204,6 +209,9 @@ class Inbox:
 
     def _segments_retired(self, worker: WorkerIO, message: SegmentRetired, now: float) -> None:
         self._lending.retire(worker, message.segments)
+
+    def _freed(self, worker: WorkerIO, message: Freed, now: float) -> None:
+        self._tell_freed(FreedMemory(worker.id, message.host_bytes, message.gpu_bytes))
 
     # --- about a job --------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import contextlib
 import logging
 import socket
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -27,6 +28,7 @@ from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import JobCancelled, StartupError, WorkerLost
 from legion_shm.events import JobQueued, LogEvent
 from legion_shm.supervisor.commands import Command, Commands
+from legion_shm.supervisor.freeing import FreedMemory, Freeing
 from legion_shm.supervisor.inbox import Inbox
 from legion_shm.supervisor.lending import Lending
 from legion_shm.supervisor.machine import Limits, Machine
@@ -49,7 +51,7 @@ from legion_shm.supervisor.submission import Submission
 from legion_shm.supervisor.worker_io import WorkerIO, describe_exit
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.handles import BlockHandle
-from legion_shm.transport.messages import Message
+from legion_shm.transport.messages import Free
 from legion_shm.transport.runtime_dir import RuntimeDir
 from legion_shm.transport.segment import SegmentKind
 
@@ -103,6 +105,7 @@ class Loop:
             machine=self._machine,
             submissions=self._submissions,
             handle=self._handle,
+            freed=self._freed,
         )
         self._orders = Orders(
             kind=segments,
@@ -113,6 +116,7 @@ class Loop:
             handle=self._handle,
             spawn_failed=self._spawn_failed,
         )
+        self._freeings: weakref.WeakSet[Freeing] = weakref.WeakSet()
         self._closing = False
         self._ended = threading.Event()
         self._fault: BaseException | None = None
@@ -163,9 +167,11 @@ class Loop:
     def stimulate(self, stimulus: Stimulus) -> None:
         self.post(lambda now: self._handle(stimulus, now))
 
-    def broadcast(self, message: Message, pool: str | None) -> None:
-        """Send to the job socket of every worker that is ready (of one pool)."""
-        self.post(lambda now: self._broadcast(message, pool))
+    def free(self, pool: str | None) -> Freeing:
+        """Have every worker that is ready (of one pool) drop what it keeps."""
+        freeing = Freeing()
+        self.post(lambda now: self._free(freeing, pool))
+        return freeing
 
     def request_close(self) -> None:
         """Cancel what is there, end the workers by the stop ladder, then end the loop."""
@@ -261,11 +267,19 @@ class Loop:
         self._closing = True
         self._handle(CloseRequested(), now)
 
-    def _broadcast(self, message: Message, pool: str | None) -> None:
+    def _free(self, freeing: Freeing, pool: str | None) -> None:
+        sent: list[str] = []
         for worker in self._processes:
             record = self._machine.workers.get(worker.id)
             if worker.ready and record is not None and pool in (None, record.pool):
-                self._processes.send(worker, message)
+                self._processes.send(worker, Free())
+                sent.append(worker.id)
+        freeing.sent_to(sent)
+        self._freeings.add(freeing)
+
+    def _freed(self, freed: FreedMemory) -> None:
+        for freeing in self._freeings:
+            freeing.answered(freed)
 
     # --- the machine's orders -----------------------------------------------------------------------
 

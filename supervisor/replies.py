@@ -15,7 +15,7 @@ from legion_shm.supervisor.result import JobStats, Transfer
 from legion_shm.supervisor.submission import Submission
 from legion_shm.transport.codec import TransferStats
 from legion_shm.transport.messages import JobCancelledReply, JobDone, JobFailedReply
-from legion_shm.transport.values import REPORT
+from legion_shm.transport.values import EXTRA_DATA, REPORT
 
 __all__ = ["TEXT_MAX", "error_from", "readable", "stats_from"]
 
@@ -77,7 +77,9 @@ def stats_from(submission: Submission, message: JobDone, *, engine: str, worker:
         return us / 1e6
 
     transfers = [
-        Transfer.from_stats("to_worker", name, stats) for name, stats in submission.packed.stats.items()
+        Transfer.from_stats("to_worker", name, stats)
+        for name, stats in submission.packed.stats.items()
+        if name != EXTRA_DATA
     ]
     for name, _, _, _, _, numbers in message.values:
         if name != REPORT:

@@ -16,7 +16,7 @@ from legion_shm.errors import LegionError
 from legion_shm.transport.codec import TransferStats
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import Values
-from legion_shm.transport.values import REPORT
+from legion_shm.transport.values import FOLDERS, REPORT
 
 __all__ = ["Decoder", "Delivery", "JobStats", "Result", "Transfer"]
 
@@ -92,12 +92,20 @@ class Result(Mapping[str, Any]):
 
     Tensors are views of shared memory: writable, with writes private to the process, and valid for as
     long as they are referred to, also after the supervisor has closed. ``ui`` is what output nodes
-    reported, by node id; ``stats`` says where the time went; ``engine`` which engine ran it.
+    reported, by node id; ``folders`` where the files are that it names, by their ``type`` (``output``, or
+    ``temp``, which goes with its worker); ``stats`` says where the time went; ``engine`` which engine ran it.
     """
 
-    def __init__(self, outputs: Mapping[str, Any], ui: Mapping[str, Any], stats: JobStats) -> None:
+    def __init__(
+        self,
+        outputs: Mapping[str, Any],
+        ui: Mapping[str, Any],
+        stats: JobStats,
+        folders: Mapping[str, str] | None = None,
+    ) -> None:
         self._outputs = dict(outputs)
         self.ui = ui
+        self.folders: Mapping[str, str] = folders or {}
         self.stats = stats
 
     @property
@@ -170,6 +178,7 @@ class Delivery:
                     # Ctrl-C, or a codec's own mistake: what was decoded in part is gone.
                     self._decoded = LegionError(f"the result was lost while it was decoded: {error!r}")
                     raise
-                ui = cast("Mapping[str, Any]", outputs.pop(REPORT, {}))
+                ui = cast("dict[str, Any]", outputs.pop(REPORT, {}))
+                folders = cast("Mapping[str, str]", ui.pop(FOLDERS, {}))
                 stats = replace(self._stats, result_decode_s=monotonic_s() - started_s)
-                self._decoded = Result(outputs, ui, stats)
+                self._decoded = Result(outputs, ui, stats, folders)

@@ -21,6 +21,7 @@ __all__ = [
     "Cancel",
     "Flags",
     "Free",
+    "Freed",
     "Handles",
     "Heartbeat",
     "Hello",
@@ -223,6 +224,15 @@ class SegmentRetired(Message):
 
     code = 14
     segments: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Freed(Message):
+    """The answer to Free, once it was done: bytes that came back."""
+
+    code = 15
+    host_bytes: int
+    gpu_bytes: int
 
 
 # --- supervisor to worker -------------------------------------------------------------------------

@@ -24,10 +24,16 @@ from legion_shm.transport.codec import (
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import ValueNote, Values
 
-__all__ = ["REPORT", "PackedValues", "discard", "pack", "unpack"]
+__all__ = ["EXTRA_DATA", "FOLDERS", "REPORT", "PackedValues", "discard", "pack", "unpack"]
 
 REPORT = "\0ui"
 """The name under which a result carries what its output nodes reported; no channel is called so."""
+
+FOLDERS = "\0folders"
+"""The key of that report, besides node ids, for the folders that its files are in."""
+
+EXTRA_DATA = "\0extra_data"
+"""The name under which a job's inputs carry its extra data."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from legion_shm import (
     InvalidWorkflow,
@@ -75,7 +78,38 @@ def test_output_nodes_report_what_they_saved(legion: Supervisor, spec: WorkerSpe
     prompt = chain("ImageInvert")
     prompt["3"] = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
     result = legion.submit(prompt, inputs=[torch.rand(1, 8, 8, 3)], spec=spec).result(timeout=_WAIT_S)
-    assert result.ui["3"]["images"][0]["type"] == "temp"
+    (told,) = result.ui["3"]["images"]
+    assert told["type"] == "temp"
+    assert Path(result.folders["temp"], told["subfolder"], told["filename"]).is_file()
+
+
+def test_targets_and_extra_data_are_comfyuis_own(
+    legion: Supervisor, spec: WorkerSpec, comfyui: RealComfyUI
+) -> None:
+    prompt = chain("ProbeFail")
+    prompt["3"] = {"class_type": "SaveImage", "inputs": {"images": ["0", 0], "filename_prefix": "told"}}
+    result = legion.submit(
+        prompt,
+        inputs=[torch.rand(1, 8, 8, 3)],
+        spec=spec,
+        targets=["3"],
+        extra_data={"extra_pnginfo": {"about": {"of": "tests"}}},
+    ).result(timeout=_WAIT_S)
+    assert not result
+    (told,) = result.ui["3"]["images"]
+    assert Path(result.folders["output"]) == comfyui.base / "output"
+    with Image.open(Path(result.folders["output"], told["filename"])) as picture:
+        assert json.loads(picture.info["about"]) == {"of": "tests"}
+
+
+def test_free_that_waits_says_what_came_back(legion: Supervisor, spec: WorkerSpec) -> None:
+    big = {"width": 2000, "height": 2000, "batch_size": 1, "color": 5}
+    prompt = chain("ImageInvert")
+    prompt["0"] = {"class_type": "EmptyImage", "inputs": big}
+    prompt["2"] = {"class_type": "PreviewImage", "inputs": {"images": ["0", 0]}}
+    legion.submit(prompt, spec=spec).result(timeout=_WAIT_S)
+    (freed,) = legion.free(spec, wait_s=30)
+    assert freed.host_bytes > 40_000_000, "the 48 MB of the image"
 
 
 def test_a_failing_node_is_told_and_the_worker_goes_on(legion: Supervisor, spec: WorkerSpec) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 import weakref
 from collections.abc import Iterator
@@ -9,8 +10,17 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image
 
-from legion_shm import Job, JobCancelled, Supervisor, SupervisorClosed, WorkerSpec
+from legion_shm import (
+    InvalidWorkflow,
+    Job,
+    JobCancelled,
+    Supervisor,
+    SupervisorClosed,
+    WorkerLost,
+    WorkerSpec,
+)
 from legion_shm.testing import assert_nothing_left, snapshot
 from legion_shm.transport.channel import ChannelKind
 from legion_shm.transport.segment import SegmentKind
@@ -82,6 +92,74 @@ def test_free_drops_what_the_worker_has_cached(legion: Supervisor) -> None:
     assert cached() == 0
     legion.free(spec())
     assert cached() == 0
+
+
+def test_free_that_waits_says_how_much_memory_came_back(legion: Supervisor, tmp_path: Path) -> None:
+    own = spec(env={"WHO": "freed"})
+    big = {"width": 2000, "height": 2000, "batch_size": 1, "color": 5}  # 48 MB, which stay in the cache
+    small = {"width": 8, "height": 8, "upscale_method": "nearest-exact", "crop": "disabled"}
+    keeping: dict[str, dict[str, Any]] = {
+        "big": {"class_type": "EmptyImage", "inputs": big},
+        "small": {"class_type": "ImageScale", "inputs": {"image": ["big", 0], **small}},
+        "out": {"class_type": "LegionExporter", "inputs": {"input_1": ["small", 0]}},
+    }
+    legion.submit(keeping, spec=own).result(timeout=60)
+    (freed,) = legion.free(own, wait_s=20)
+    assert freed.worker_id in {worker.id for worker in legion.workers()}
+    assert freed.host_bytes > 40 * MB
+    assert freed.gpu_bytes == 0
+    assert legion.free(own) == ()
+    gate = Gate(tmp_path)
+    job = legion.submit(gate.flow(), inputs=[1], spec=own)
+    gate.entered()
+    with pytest.raises(TimeoutError, match="runs a job still"):
+        legion.free(own, wait_s=0.3)
+    gate.open()
+    job.result(timeout=20)
+
+
+def test_free_waits_for_no_worker_that_has_died(legion: Supervisor, tmp_path: Path) -> None:
+    own = spec(env={"WHO": "dies"})
+    gate = Gate(tmp_path)
+    job = legion.submit(gate.flow(), inputs=[1], spec=own)
+    gate.entered()
+    (worker,) = [one for one in legion.workers() if one.job_id == job.id]
+    timer = threading.Timer(0.3, psutil.Process(pid_of(worker)).kill)
+    timer.start()
+    assert legion.free(own, wait_s=20) == ()
+    timer.join()
+    with pytest.raises(WorkerLost):
+        job.result(timeout=20)
+
+
+def test_targets_choose_the_output_nodes_that_run(legion: Supervisor) -> None:
+    both = flow("TestRaise")
+    both["other"] = {"class_type": "LegionOutput", "inputs": {"value": 7, "name": "other"}}
+    result = legion.submit(both, spec=spec(), targets=["other"]).result(timeout=30)
+    assert dict(result) == {"other": 7}
+    with pytest.raises(InvalidWorkflow, match="targets: nobody"):
+        legion.submit(both, spec=spec(), targets=["nobody"])
+
+
+def test_extra_data_reaches_hidden_inputs_and_a_result_says_where_its_files_are(
+    legion: Supervisor, tmp_path: Path
+) -> None:
+    saving: dict[str, dict[str, Any]] = {
+        "in": {"class_type": "LegionImporter", "inputs": {}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["in", 0], "filename_prefix": "it"}},
+    }
+    result = legion.submit(
+        saving,
+        inputs=[torch.zeros(1, 8, 8, 3)],
+        spec=spec(env={"LEGION_OUTPUT_DIR": str(tmp_path)}),
+        extra_data={"extra_pnginfo": {"about": "tests"}},
+    ).result(timeout=30)
+    (told,) = result.ui["save"]["images"]
+    path = Path(result.folders[told["type"]], told["subfolder"], told["filename"])
+    assert path.parent == tmp_path
+    with Image.open(path) as picture:
+        assert json.loads(picture.info["about"]) == "tests"
+    assert {transfer.name for transfer in result.stats.transfers} == {"input_1"}
 
 
 def test_a_worker_ends_after_its_last_job_and_after_its_idle_time() -> None:

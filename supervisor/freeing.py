@@ -1,0 +1,103 @@
+"""What came back when workers dropped their caches and models: measured in the worker, gathered here.
+
+Owns the waiting of callers. Asking the workers is the loop's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FreedMemory", "Freeing", "measured"]
+
+
+@dataclass(frozen=True)
+class FreedMemory:
+    """What one worker gave back, in bytes: main memory that it alone had, and memory of its GPUs."""
+
+    worker_id: str
+    host_bytes: int
+    gpu_bytes: int
+
+
+class Freeing:
+    """One request to free, on its way to some workers. The loop's thread fills it in, a caller's waits."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._awaited: set[str] | None = None
+        self._freed: dict[str, FreedMemory] = {}
+
+    def sent_to(self, workers: Collection[str]) -> None:
+        with self._change:
+            self._awaited = set(workers)
+            self._change.notify_all()
+
+    def answered(self, freed: FreedMemory) -> None:
+        with self._change:
+            if self._awaited is not None and freed.worker_id in self._awaited:
+                self._awaited.remove(freed.worker_id)
+                self._freed[freed.worker_id] = freed
+                self._change.notify_all()
+
+    def forget_all_but(self, living: Collection[str]) -> None:
+        """A worker that has ended answers no more."""
+        with self._change:
+            if self._awaited is not None:
+                self._awaited.intersection_update(living)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether every worker has answered, within a time."""
+        with self._change:
+            return self._change.wait_for(lambda: self._awaited is not None and not self._awaited, timeout_s)
+
+    @property
+    def freed(self) -> tuple[FreedMemory, ...]:
+        with self._change:
+            return tuple(self._freed.values())
+
+
+def measured(free: Callable[[], None]) -> tuple[int, int]:
+    """Call ``free``; the main memory and the GPU memory of this process that came back, in bytes.
+
+    Objects that the start of an engine froze are garbage like others then: the caches that it made first
+    would otherwise keep what is in them for ever.
+    """
+    host, gpu = _host_bytes(), _gpu_bytes()
+    gc.unfreeze()
+    free()
+    gc.collect()
+    gc.freeze()
+    _trim_heap()
+    return max(0, host - _host_bytes()), max(0, gpu - _gpu_bytes())
+
+
+def _trim_heap() -> None:
+    """glibc keeps what was freed for the next allocation, unless it is told to give it back."""
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _host_bytes() -> int:
+    """Memory that no other process has a part in; all that is resident, where the system tells no more."""
+    import psutil
+
+    process = psutil.Process()
+    try:
+        return int(process.memory_full_info().uss)
+    except (psutil.Error, OSError):
+        return int(process.memory_info().rss)
+
+
+def _gpu_bytes() -> int:
+    """What torch has taken of all GPUs, where this process uses them already; else 0."""
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is None or not cuda.is_available() or not cuda.is_initialized():
+        return 0
+    return sum(int(cuda.memory_reserved(device)) for device in range(cuda.device_count()))
