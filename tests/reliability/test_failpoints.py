@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -179,7 +180,9 @@ def test_a_job_cancelled_twice_at_any_place_has_one_end(
 
 @pytest.mark.parametrize("trouble", ["ENOSPC", "EMFILE", "ENOSYS", "EPERM", "ENOMEM"])
 @pytest.mark.parametrize("segments", ["memfd", "portable"])
-def test_memory_that_the_system_refuses_is_arena_full_and_comes_back(trouble: str, segments: str) -> None:
+def test_memory_that_the_system_refuses_is_arena_full_and_comes_back(
+    trouble: str, segments: Literal["memfd", "portable"]
+) -> None:
     """ENOSPC: /dev/shm is full. EMFILE: no descriptors. ENOSYS, EPERM: memfd_create is forbidden."""
     with Supervisor(arena_wait_s=0.3, segments=segments) as legion:
         with armed(f"segment.create=raise:{trouble}"):

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -171,7 +171,7 @@ def test_a_peer_of_our_own_that_speaks_garbage_is_dropped(base: Path) -> None:
 
 
 @pytest.mark.parametrize("channel", ["ipc", "tcp"])
-def test_no_port_is_open_to_other_machines(channel: str) -> None:
+def test_no_port_is_open_to_other_machines(channel: Literal["ipc", "tcp"]) -> None:
     with Supervisor(channel=channel) as legion:
         run(legion, "TestPass")
         family = [psutil.Process(), *psutil.Process().children(recursive=True)]

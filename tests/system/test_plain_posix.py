@@ -1,4 +1,4 @@
-"""The way without pidfd and F_SETSIG, which macOS has to go, forced here: threads wait, segments are named."""
+"""Without pidfd and F_SETSIG, as on macOS, forced here: threads wait, segments are named."""
 
 from __future__ import annotations
 
