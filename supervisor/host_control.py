@@ -19,6 +19,7 @@ from legion_shm.errors import InvalidHandle
 from legion_shm.supervisor.engine import Engine
 from legion_shm.supervisor.host_reports import REPORT_INTERVAL_S
 from legion_shm.supervisor.spawn import HostConfig
+from legion_shm.supervisor.wake import Wake
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
 from legion_shm.transport.frames import decode_message, encode_message
@@ -36,9 +37,7 @@ class ControlThread(threading.Thread):
     def __init__(self, config: HostConfig, memory: WorkerMemory, flush_slow_node: Callable[[], None]) -> None:
         super().__init__(name="legion-control", daemon=True)
         self._config, self._memory, self._flush_slow_node = config, memory, flush_slow_node
-        self._wake_r, self._wake_w = os.pipe()
-        os.set_blocking(self._wake_r, False)
-        os.set_blocking(self._wake_w, False)
+        self._wake = Wake()
         self._slow = False
         self._active_until_s = 0.0
         self._posted: deque[Message] = deque(maxlen=10_000)
@@ -52,8 +51,7 @@ class ControlThread(threading.Thread):
         self.busy_job = job
         if self._slow:
             self._slow = False
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._wake_w, b"\0")
+            self._wake.set()
 
     def end(self) -> None:
         self.busy_job = ""
@@ -85,7 +83,7 @@ class ControlThread(threading.Thread):
         def send(message: Message) -> None:
             channel.send(encode_message(message, max_bytes=config.max_message_bytes))
 
-        channel.watch(self._wake_r)
+        channel.watch(self._wake.fd)
         process = psutil.Process()
         try:
             send(Hello(config.worker, config.token, "control", os.getpid()))
@@ -98,8 +96,7 @@ class ControlThread(threading.Thread):
                     rss = process.memory_info().rss
                     send(Heartbeat(beats, rss, self._memory.arena_bytes(), self.busy_job))
                 frame = channel.receive(min(next_beat_s - now, self._pace_s(now)))
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake_r, 64)
+                self._wake.clear()
                 if self.busy_job:
                     self._flush_slow_node()
                 if frame is not None:
