@@ -64,6 +64,7 @@ def fake_inbox(flood: int, handle: Any = lambda stimulus, now: None) -> Inbox:
         machine=nothing,
         submissions={},
         handle=handle,
+        freed=nothing,
     )
 
 

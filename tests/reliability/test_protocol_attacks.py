@@ -76,6 +76,7 @@ class Rig:
             machine=self.machine,
             submissions={"j": submission},
             handle=lambda stimulus, now: self.resolved.extend(self.machine.handle(stimulus, now)),
+            freed=lambda memory: None,
         )
         for stimulus in (
             PoolDefined("p", 1, 9.0, None, None),
