@@ -110,15 +110,20 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _zygote_default() -> Any:
+    return os.environ.get("LEGION_ZYGOTE", "auto")
+
+
 class WorkerSpec(_Settings):
     """What a worker is. Equal specs share workers; a worker is started on first use.
 
-    ``env`` is set before the worker's interpreter starts, over the environment of this process.
-    ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
-    ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
+        ``env`` is set before the worker's interpreter starts, over the environment of this process.
+        ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
+        ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
     ``sys.path``. A ``python_executable`` other than ours needs legion_shm installed in it.
     ``codec_modules`` are importable names of modules that the worker imports for the classes of values and
-    their codecs (`register_codec`).
+    their codecs (`register_codec`). ``zygote``: whether workers may be forked from a process that has their
+    imports done; see docs/startup.md.
     """
 
     title: ClassVar[str] = "WorkerSpec"
@@ -136,6 +141,7 @@ class WorkerSpec(_Settings):
     startup_timeout_s: Seconds = 120.0
     idle_timeout_s: Seconds | None = None
     max_jobs_per_life: int | None = Field(default=None, ge=1)
+    zygote: Literal["auto", "off"] = "auto"
 
     if TYPE_CHECKING:
 
@@ -245,6 +251,10 @@ class SupervisorSettings(_Settings):
     """How long an ended lease may wait for company before it is returned."""
     idle_trim_s: Seconds = 10.0
     """Shared memory unused for this long goes back to the system."""
+    zygote: Literal["auto", "off"] = Field(default_factory=_zygote_default, validate_default=True)
+    """Fork workers from a process that has their imports done, where that is safe. Default: LEGION_ZYGOTE."""
+    zygote_idle_s: Seconds = 60.0
+    """Such a process ends when it has had no worker for this long."""
     channel: Literal["auto", "ipc", "tcp"] = "auto"
     """ZeroMQ transport: ipc sockets, or loopback TCP with CURVE where there are none."""
     segments: Literal["auto", "memfd", "portable"] = "auto"

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from legion_shm import faults
@@ -65,7 +65,7 @@ from legion_shm.transport.messages import (
 from legion_shm.transport.values import EXTRA_DATA
 from legion_shm.workflow import Workflow
 
-__all__ = ["main"]
+__all__ = ["extend_path", "main"]
 
 _PROMPTS_KEPT = 64
 _OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and numpy, of torch
@@ -76,9 +76,7 @@ def main(config: HostConfig) -> None:
     death_pipe.arm(config.death_fd)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
-    for path in reversed(config.python_path):
-        sys.path.insert(0, path)
-    sys.path.extend(path for path in config.parent_path if path not in sys.path)
+    extend_path(config.python_path, config.parent_path)
     for stream in (sys.stdout, sys.stderr):
         cast("io.TextIOWrapper", stream).reconfigure(line_buffering=True, errors="backslashreplace")
     faults.arm_from_environment()
@@ -91,6 +89,13 @@ def main(config: HostConfig) -> None:
         host.close()
     if not started:
         raise SystemExit(1)
+
+
+def extend_path(first: Sequence[str], last: Sequence[str]) -> None:
+    """Put folders in front of the others on ``sys.path``, and those that are not there yet behind them."""
+    for path in reversed(first):
+        sys.path.insert(0, path)
+    sys.path.extend(path for path in last if path not in sys.path)
 
 
 def _make_engine(config: HostConfig) -> Engine:

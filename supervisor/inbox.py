@@ -140,7 +140,7 @@ class Inbox:
             if message.token != worker.token or message.worker != worker.id or message.channel != channel:
                 raise ProtocolError("a greeting with another worker's name or token")
             worker.greeted.add(channel)
-            self._announce(worker, now)
+            self.announce(worker, now)
             return
         if channel not in worker.greeted:
             raise ProtocolError(f"{type(message).__name__} before any greeting")
@@ -160,9 +160,9 @@ class Inbox:
     def _ready(self, worker: WorkerIO, message: Ready, now: float) -> None:
         worker.engine = readable(message.engine, _LOG_NAME_MAX)
         worker.versions, worker.ready = dict(message.versions), True
-        self._announce(worker, now)
+        self.announce(worker, now)
 
-    def _announce(self, worker: WorkerIO, now: float) -> None:
+    def announce(self, worker: WorkerIO, now: float) -> None:
         """Jobs may come once the worker is ready, can hear a Cancel and can be sent descriptors."""
         if worker.ready and len(worker.greeted) == _SOCKETS and worker.spawned is not None:
             self._handle(WorkerReady(worker.id), now)
@@ -182,7 +182,7 @@ class Inbox:
 
     def _heartbeat(self, worker: WorkerIO, message: Heartbeat, now: float) -> None:
         worker.rss_bytes = message.rss_bytes
-        self._announce(worker, now)
+        self.announce(worker, now)
         self._handle(HeartbeatSeen(worker.id), now)
 
     def _log_record(self, worker: WorkerIO, message: LogRecord, now: float) -> None:

@@ -84,7 +84,7 @@ class Loop:
         self._machine = Machine(_limits(settings))
         self._specs: dict[str, WorkerSpec] = {}
         self._submissions: dict[str, Submission] = {}
-        self._processes = Processes(settings, channel, self._helpers, self.post)
+        self._processes = Processes(settings, channel, self._helpers, self.post, self._adopted)
         self.memory = MasterMemory(
             kind=segments,
             name_prefix=directory.segment_prefix,
@@ -115,6 +115,7 @@ class Loop:
             submissions=self._submissions,
             handle=self._handle,
             spawn_failed=self._spawn_failed,
+            spawn_withdrawn=self._spawn_withdrawn,
         )
         self._freeings: weakref.WeakSet[Freeing] = weakref.WeakSet()
         self._closing = False
@@ -240,7 +241,7 @@ class Loop:
     def _due_s(self, now: float) -> float:
         times = (
             self._machine.next_deadline_s(),
-            self._processes.next_exit_s(),
+            self._processes.next_due_s(),
             self._lending.next_due_s(now),
         )
         return min((time_s for time_s in times if time_s is not None), default=now + _MAX_WAIT_S)
@@ -291,6 +292,12 @@ class Loop:
         self._handle(StartFailed(worker.id, error), now)
         self._worker_gone(worker, None, now)
 
+    def _spawn_withdrawn(self, worker: WorkerIO, now: float) -> None:
+        self._worker_gone(worker, None, now)
+
+    def _adopted(self, worker: WorkerIO, now: float) -> None:
+        self._inbox.announce(worker, now)  # a fork may be ready before we have heard of it
+
     # --- processes ------------------------------------------------------------------------------------
 
     def _descriptor_ready(self, fd: int) -> None:
@@ -314,6 +321,7 @@ class Loop:
             last_words_s = (worker.gone_at_s or now) + _LAST_WORDS_MAX_S
             if heard is None or worker.id not in heard or now >= last_words_s:
                 self._worker_gone(worker, exit_code, now)
+        self._processes.tend(now)
 
     def _worker_gone(self, worker: WorkerIO, exit_code: int | None, now: float) -> None:
         self._inbox.output(worker, now)
@@ -371,6 +379,7 @@ class Loop:
             last.callback(self._commands.close)
             last.callback(self._channel.unwatch, self._commands.wake_fd)
             last.callback(self._ended.set)
+            last.callback(self._processes.close)
             last.callback(self._commands.end)
             self._helpers.shutdown(wait=True, cancel_futures=True)
 

@@ -46,11 +46,13 @@ class Orders:
         submissions: dict[str, Submission],
         handle: Callable[[Stimulus, float], None],
         spawn_failed: Callable[[WorkerIO, StartupError, float], None],
+        spawn_withdrawn: Callable[[WorkerIO, float], None],
     ) -> None:
         self._kind: SegmentKind = kind
         self._processes, self._lending = processes, lending
         self._specs, self._submissions = specs, submissions
-        self._handle, self._spawn_failed = handle, spawn_failed
+        self._handle = handle
+        self._spawn_failed, self._spawn_withdrawn = spawn_failed, spawn_withdrawn
 
     def carry_out(self, action: Action, now: float) -> None:
         if isinstance(action, SendJob):
@@ -58,7 +60,8 @@ class Orders:
         elif isinstance(action, ResolveJob):
             self._resolve(action, now)
         elif isinstance(action, SpawnWorker):
-            self._processes.spawn(action.worker, self._specs[action.pool], self._kind, self._spawn_failed)
+            spec = self._specs[action.pool]
+            self._processes.spawn(action.worker, spec, self._kind, self._spawn_failed, self._spawn_withdrawn)
         elif isinstance(action, Interrupt):
             self._processes.send(self._processes[action.worker], Cancel(action.job), control=True)
         elif isinstance(action, AskStop):

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -21,6 +20,8 @@ from legion_shm.errors import StartupError
 from legion_shm.supervisor.spawn import HostConfig, current_dir, spawn_worker
 from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.worker_io import WorkerIO
+from legion_shm.supervisor.zygote import Request
+from legion_shm.supervisor.zygotes import Zygotes
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.frames import encode_message
 from legion_shm.transport.messages import (
@@ -32,6 +33,8 @@ __all__ = ["Post", "Processes"]
 
 _log = logging.getLogger("legion_shm.supervisor")
 
+_STATUS_LOOK_S = 0.01  # until the word about an exit has come from where it is known
+
 Post = Callable[[Callable[[float], None]], None]
 """Have the loop call something, with the time, on its own thread."""
 
@@ -40,10 +43,18 @@ class Processes:
     """Used by the loop's thread alone; processes are started on a helper's."""
 
     def __init__(
-        self, settings: SupervisorSettings, channel: ServerChannel, helpers: Executor, post: Post
+        self,
+        settings: SupervisorSettings,
+        channel: ServerChannel,
+        helpers: Executor,
+        post: Post,
+        adopted: Callable[[WorkerIO, float], None],
     ) -> None:
+        """``adopted(worker, now)`` hears of each process that has come."""
+        self.adopted = adopted
         self._settings, self._channel = settings, channel
         self._helpers, self._post = helpers, post
+        self._zygotes = Zygotes(settings, channel, helpers, post)
         self._workers: dict[str, WorkerIO] = {}
         self._by_identity: dict[bytes, WorkerIO] = {}
         self._by_fd: dict[int, WorkerIO] = {}
@@ -71,8 +82,13 @@ class Processes:
         spec: WorkerSpec,
         kind: SegmentKind,
         failed: Callable[[WorkerIO, StartupError, float], None],
+        withdrawn: Callable[[WorkerIO, float], None],
     ) -> None:
-        """Start a worker in the background. ``failed(worker, error, now)`` hears if no process comes."""
+        """Start a worker in the background.
+
+        ``failed(worker, error, now)`` hears if no process comes, ``withdrawn(worker, now)`` if none is to
+        come any more because the worker was signalled before.
+        """
         settings = self._settings
         worker = WorkerIO(worker_id, spec, settings.log_tail_lines)
         worker.endpoint = endpoint = self._channel.admit(worker.identities)
@@ -81,6 +97,7 @@ class Processes:
         for identity in worker.identities:
             self._by_identity[identity] = worker
         same_python = spec.python_executable in (None, sys.executable)
+        importable = _importable_path() if same_python and spec.engine == "graph" else ()
         config = HostConfig(
             worker=worker.id,
             token=worker.token,
@@ -102,17 +119,13 @@ class Processes:
             comfyui_path=spec.comfyui_path,
             extra_args=tuple(spec.extra_args),
             python_path=tuple(spec.python_path),
-            parent_path=(),
+            parent_path=importable,
         )
 
         def start() -> None:
             try:
-                importable = _importable_path() if same_python and spec.engine == "graph" else ()
                 spawned = spawn_worker(
-                    replace(config, parent_path=importable),
-                    executable=spec.python_executable,
-                    env=spec.env,
-                    working_dir=spec.working_dir,
+                    config, executable=spec.python_executable, env=spec.env, working_dir=spec.working_dir
                 )
             except StartupError as error:
                 self._post(partial(failed, worker, error))
@@ -124,20 +137,35 @@ class Processes:
                     faults.hit("processes.after_spawn")
                 self._post(partial(self.adopt, worker, spawned))
 
-        try:
-            self._helpers.submit(start)
-        except RuntimeError as error:  # the interpreter is shutting down
-            text = f"worker {worker.id} could not be started: {error}"
-            self._post(partial(failed, worker, StartupError(text, worker_id=worker.id)))
+        def execute() -> None:
+            worker.withdraw = None
+            try:
+                self._helpers.submit(start)
+            except RuntimeError as error:  # the interpreter is shutting down
+                text = f"worker {worker.id} could not be started: {error}"
+                self._post(partial(failed, worker, StartupError(text, worker_id=worker.id)))
+
+        if not self._zygotes.wanted(spec):
+            execute()
+            return
+        worker.withdraw = partial(self._zygotes.withdraw, worker)
+        request = Request(worker, config, partial(self._forked, worker), execute, partial(withdrawn, worker))
+        self._zygotes.request(request, spec)
+
+    def _forked(self, worker: WorkerIO, spawned: SpawnedWorker) -> None:
+        self._post(partial(self.adopt, worker, spawned))
 
     def adopt(self, worker: WorkerIO, spawned: SpawnedWorker, now: float) -> None:
         """The process is there; if it is not wanted any more, its end comes right after."""
         worker.adopt(spawned)
+        worker.withdraw = None
         for fd in (spawned.exit_fd, *worker.readers):
             self._by_fd[fd] = worker
             self._channel.watch(fd)
         if worker.kill_wanted:
             worker.signal("SIGKILL")
+        else:
+            self.adopted(worker, now)
 
     # --- talking ------------------------------------------------------------------------------------
 
@@ -150,7 +178,9 @@ class Processes:
     # --- output and end -----------------------------------------------------------------------------
 
     def readable(self, fd: int) -> tuple[WorkerIO, bool] | None:
-        """Whose descriptor it is and whether it says that the process has ended; None if nobody's."""
+        """Whose descriptor it is and whether it says that the process has ended; None if no worker's."""
+        if self._zygotes.readable(fd):
+            return None
         worker = self._by_fd.get(fd)
         if worker is None or worker.spawned is None:
             return None
@@ -167,19 +197,29 @@ class Processes:
                 self._unwatch(fd)
         return [(str(stream), line) for stream, line in lines]
 
-    def exited(self, now: float) -> list[tuple[WorkerIO, int]]:
-        """Workers whose time to speak is over, with their exit codes."""
-        found: list[tuple[WorkerIO, int]] = []
+    def exited(self, now: float) -> list[tuple[WorkerIO, int | None]]:
+        """Workers whose time to speak is over, with their exit codes; None where nobody can tell it."""
+        found: list[tuple[WorkerIO, int | None]] = []
         for worker in self._workers.values():
             if worker.gone_at_s is not None and now >= worker.gone_at_s and worker.spawned is not None:
-                exit_code = worker.spawned.exit_code()
-                if exit_code is not None:
-                    found.append((worker, exit_code))
+                if worker.spawned.ended():
+                    found.append((worker, worker.spawned.exit_code()))
+                else:
+                    worker.gone_at_s = now + _STATUS_LOOK_S
         return found
 
-    def next_exit_s(self) -> float | None:
-        times = [worker.gone_at_s for worker in self._workers.values() if worker.gone_at_s is not None]
-        return min(times, default=None)
+    def next_due_s(self) -> float | None:
+        """When `exited` or `tend` has something to do next."""
+        times = [worker.gone_at_s for worker in self._workers.values()]
+        return min((at_s for at_s in (*times, self._zygotes.next_due_s()) if at_s is not None), default=None)
+
+    def tend(self, now: float) -> None:
+        """End what is kept for later starts and has not been used for long."""
+        self._zygotes.expire(now)
+
+    def close(self) -> None:
+        """After the last worker, and when no helper starts anything any more."""
+        self._zygotes.close()
 
     def remove(self, worker: WorkerIO) -> None:
         """Forget a worker whose process has ended or never was; whatever it left behind is killed."""

@@ -30,12 +30,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.context import SpawnProcess, set_spawning_popen
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from legion_shm.errors import StartupError
 from legion_shm.supervisor.facilities import exit_descriptor
@@ -48,9 +48,25 @@ if TYPE_CHECKING or sys.platform != "win32":
 else:
     SpawnPopen = object  # spawn_windows launches there
 
-__all__ = ["HostConfig", "WorkerProcess", "current_dir", "environment_with", "spawn_worker"]
+__all__ = [
+    "HostConfig",
+    "Launch",
+    "LaunchedProcess",
+    "PosixWorker",
+    "ProcessHandle",
+    "WorkerEnds",
+    "WorkerProcess",
+    "current_dir",
+    "environment_with",
+    "launch_with",
+    "spawn_worker",
+    "start_process",
+    "tell_ends",
+    "worker_environment",
+]
 
 
+_NAME = "legion-"
 _WNOHANG = getattr(os, "WNOHANG", 1)  # Windows lacks it, and what uses it
 
 
@@ -90,12 +106,12 @@ class _LegionPopen(SpawnPopen):
     _fds: list[int]  # multiprocessing's own list of what the child inherits
     finalizer: Any
 
-    def __init__(self, process: WorkerProcess) -> None:
+    def __init__(self, process: LaunchedProcess) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         super().__init__(process)
 
     def _launch(self, process_obj: Any) -> None:
-        launch: _Launch = process_obj.launch
+        launch: Launch = process_obj.launch
         process_obj.launch = None  # of this process only; the child needs none of it
         tracker_fd = cast("int", resource_tracker.getfd())  # starts the tracker if there is none
         payload = io.BytesIO()
@@ -161,7 +177,7 @@ def _close_once(fd: int) -> None:
         os.close(fd)
 
 
-def _program(launch: _Launch, tracker_fd: int, pipe_fd: int) -> str:
+def _program(launch: Launch, tracker_fd: int, pipe_fd: int) -> str:
     # "-c" puts the current folder first on sys.path, where a file of the user's could hide a library.
     return (
         "import sys; sys.path[:1] = [p for p in sys.path[:1] if p]; "
@@ -172,7 +188,9 @@ def _program(launch: _Launch, tracker_fd: int, pipe_fd: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
+    """What a process is executed with: of the parent's side only."""
+
     executable: str
     flags: tuple[str, ...]
     own_path: tuple[str, ...]
@@ -183,19 +201,29 @@ class _Launch:
     pass_fds: tuple[int, ...]
 
 
-class WorkerProcess(SpawnProcess):
-    """A process that runs the worker host."""
+class LaunchedProcess(SpawnProcess):
+    """A spawned process that is executed as its ``launch`` says."""
 
-    launch: _Launch | None
+    launch: Launch | None
 
-    def __init__(self, config: HostConfig, launch: _Launch | None) -> None:
-        super().__init__(name=f"legion-{config.worker}")
-        self.host_config = config
+    def __init__(self, name: str, launch: Launch | None) -> None:
+        super().__init__(name=f"{_NAME}{name}")
         self.launch = launch
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the hook that multiprocessing's contexts override
         return _LegionPopen(process_obj)
+
+    def ended(self) -> bool:
+        return self.exitcode is not None
+
+
+class WorkerProcess(LaunchedProcess):
+    """A process that runs the worker host."""
+
+    def __init__(self, config: HostConfig, launch: Launch | None) -> None:
+        super().__init__(config.worker, launch)
+        self.host_config = config
 
     def run(self) -> None:
         from legion_shm.supervisor.host import main
@@ -207,11 +235,28 @@ class WorkerProcess(SpawnProcess):
         main(self.host_config)
 
 
+class ProcessHandle(Protocol):
+    """What is asked of a worker's process, however it was started."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """Negative for a signal; None while it runs, and where nobody can tell."""
+        ...
+
+    def ended(self) -> bool: ...
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+    def close(self) -> None:
+        """Let go of it. ValueError while it runs."""
+        ...
+
+
 @dataclass
-class _PosixWorker(SpawnedWorker):
+class PosixWorker(SpawnedWorker):
     """A process that leads its session and group. Closing the death pipe's write end kills the group."""
 
-    process: WorkerProcess
+    process: ProcessHandle
     pid: int
     exit_fd: int
     stdout: int
@@ -219,6 +264,9 @@ class _PosixWorker(SpawnedWorker):
     death_fd: int
     begun: int
     descriptors: socket.socket | None
+
+    def ended(self) -> bool:
+        return self.process.ended()
 
     def exit_code(self) -> int | None:
         return self.process.exitcode
@@ -232,15 +280,19 @@ class _PosixWorker(SpawnedWorker):
 
     def close(self) -> None:
         self.signal_group(SIGKILL)
-        forget_after_fork(self.death_fd)
-        for fd in (self.exit_fd, self.stdout, self.stderr, self.death_fd, self.begun):
-            if fd >= 0:
-                _close_once(fd)
-        if self.descriptors is not None:
-            self.descriptors.close()
         self.process.join(timeout=1.0)
+        self.let_go()
+        _close_once(self.exit_fd)
         with contextlib.suppress(ValueError):
             self.process.close()
+
+    def let_go(self) -> None:
+        """Close our ends of what ties a process to us; the process itself is not looked at."""
+        forget_after_fork(self.death_fd)
+        for fd in (self.stdout, self.stderr, self.death_fd, self.begun):
+            _close_once(fd)
+        if self.descriptors is not None:
+            self.descriptors.close()
 
 
 _death_fds: set[int] = set()
@@ -306,6 +358,108 @@ def environment_with(env: Mapping[str, str]) -> dict[str, str]:
     return {**{name: value for name, value in ours.items() if value is not None}, **env}
 
 
+def worker_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """All that a worker with ``env`` in its spec is executed with."""
+    return with_tunables(environment_with(env))
+
+
+class WorkerEnds:
+    """Both ends of what ties a worker to us. The child's are closed here once the child has its own.
+
+    ``theirs``: the child's descriptors, in the order stdout, stderr, death pipe, begun pipe, and the
+    descriptor socket where there is one. Raises OSError.
+    """
+
+    def __init__(self, *, descriptors: bool) -> None:
+        self._ours = contextlib.ExitStack()
+        self._childs = contextlib.ExitStack()
+        try:
+            self.stdout, out_w = _pipe(self._ours, self._childs)
+            self.stderr, err_w = _pipe(self._ours, self._childs)
+            death_r, self.death_fd = _pipe(self._childs, self._ours)
+            self.begun, begun_w = _pipe(self._ours, self._childs)
+            remember_for_fork(self.death_fd)
+            self._ours.callback(forget_after_fork, self.death_fd)
+            self.theirs: tuple[int, ...] = (out_w, err_w, death_r, begun_w)
+            self.descriptors: socket.socket | None = None
+            if descriptors:
+                self.descriptors, theirs = _descriptor_sockets()
+                self._ours.callback(self.descriptors.close)
+                self._childs.callback(theirs.close)
+                self.descriptors.setblocking(False)
+                theirs.setblocking(False)
+                self.theirs += (theirs.fileno(),)
+            for fd in (self.stdout, self.stderr, self.begun, begun_w):
+                os.set_blocking(fd, False)
+        except BaseException:
+            self.close()
+            raise
+
+    def close_childs(self) -> None:
+        self._childs.close()
+
+    def close(self) -> None:
+        """Close everything: the child's too, and the death pipe, which ends a child that has its own."""
+        self._childs.close()
+        self._ours.close()
+
+    def spawned(self, process: ProcessHandle, pid: int, exit_fd: int) -> PosixWorker:
+        """Hand our ends over to the worker that has come of it."""
+        self._childs.close()
+        self._ours.pop_all()
+        return PosixWorker(
+            process, pid, exit_fd, self.stdout, self.stderr, self.death_fd, self.begun, self.descriptors
+        )
+
+
+def tell_ends(config: HostConfig, theirs: Sequence[int]) -> HostConfig:
+    """The worker's settings with the descriptors by which it knows its ends."""
+    death_fd, begun_fd = theirs[2:4]
+    return replace(
+        config, death_fd=death_fd, begun_fd=begun_fd, descriptor_fd=theirs[4] if len(theirs) > 4 else -1
+    )
+
+
+def launch_with(
+    ends: WorkerEnds, *, executable: str | None, env: Mapping[str, str], working_dir: str | None
+) -> Launch:
+    """How to execute a Python with a whole environment ``env``, with the child's ends."""
+    executable = executable or sys.executable
+    same = executable == sys.executable
+    return Launch(
+        executable=executable,
+        flags=_interpreter_flags() if same else (),
+        own_path=_own_path(executable),
+        env=env,
+        working_dir=working_dir or current_dir(),
+        stdout=ends.theirs[0],
+        stderr=ends.theirs[1],
+        pass_fds=ends.theirs[2:],
+    )
+
+
+def start_process(ends: WorkerEnds, process: LaunchedProcess) -> PosixWorker:
+    """Start a process that knows its ends. Raises StartupError, and closes the ends, where that fails."""
+    executable = "" if process.launch is None else process.launch.executable
+    try:
+        process.start()
+        pid = process.pid or 0
+        return ends.spawned(process, pid, exit_descriptor(pid, process.join))
+    except (OSError, AssertionError, ValueError, subprocess.SubprocessError) as error:
+        ends.close()
+        raise _not_started(process.name.removeprefix(_NAME), executable, error) from error
+    except BaseException:
+        ends.close()
+        raise
+
+
+def _not_started(worker: str, executable: str | None, error: Exception) -> StartupError:
+    return StartupError(
+        f"worker {worker}: the process could not be started with {executable or sys.executable}: {error}",
+        worker_id=worker,
+    )
+
+
 def spawn_worker(
     config: HostConfig, *, executable: str | None, env: Mapping[str, str], working_dir: str | None
 ) -> SpawnedWorker:
@@ -313,65 +467,21 @@ def spawn_worker(
 
     ``env`` is laid over this process's environment, for the child alone.
     """
-    executable = executable or sys.executable
-    same = executable == sys.executable
     if sys.platform == "win32":
         from legion_shm.supervisor.spawn_windows import start_worker
 
+        same = executable in (None, sys.executable)
         return start_worker(
             config,
-            executable=executable,
+            executable=executable or sys.executable,
             flags=_interpreter_flags() if same else (),
-            own_path=_own_path(executable),
+            own_path=_own_path(executable or sys.executable),
             env=environment_with(env),
             working_dir=working_dir or current_dir(),
         )
-    resources = contextlib.ExitStack()
-    childs = contextlib.ExitStack()
     try:
-        out_r, out_w = _pipe(resources, childs)
-        err_r, err_w = _pipe(resources, childs)
-        death_r, death_w = _pipe(childs, resources)
-        begun_r, begun_w = _pipe(resources, childs)
-        ours, theirs = _descriptor_sockets() if config.segments == "memfd" else (None, None)
-        for end, owner in ((ours, resources), (theirs, childs)):
-            if end is not None:
-                end.setblocking(False)
-                owner.callback(end.close)
-        descriptor_fd = -1 if theirs is None else theirs.fileno()
-        remember_for_fork(death_w)
-        resources.callback(forget_after_fork, death_w)
-        os.set_blocking(out_r, False)
-        os.set_blocking(err_r, False)
-        os.set_blocking(begun_r, False)
-        os.set_blocking(begun_w, False)
-        launch = _Launch(
-            executable=executable,
-            flags=_interpreter_flags() if same else (),
-            own_path=_own_path(executable),
-            env=with_tunables(environment_with(env)),
-            working_dir=working_dir or current_dir(),
-            stdout=out_w,
-            stderr=err_w,
-            pass_fds=tuple(fd for fd in (death_r, begun_w, descriptor_fd) if fd >= 0),
-        )
-        config = replace(config, death_fd=death_r, descriptor_fd=descriptor_fd, begun_fd=begun_w)
-        process = WorkerProcess(config, launch)
-        process.start()
-        pid = process.pid or 0
-        worker = _PosixWorker(
-            process, pid, exit_descriptor(pid, process.join), out_r, err_r, death_w, begun_r, ours
-        )
-    except (OSError, AssertionError, ValueError, subprocess.SubprocessError) as error:
-        resources.close()
-        raise StartupError(
-            f"worker {config.worker}: the process could not be started with {executable}: {error}",
-            worker_id=config.worker,
-        ) from error
-    except BaseException:
-        resources.close()
-        raise
-    finally:
-        childs.close()
-    resources.pop_all()
-    return worker
+        ends = WorkerEnds(descriptors=config.segments == "memfd")
+    except OSError as error:
+        raise _not_started(config.worker, executable, error) from error
+    launch = launch_with(ends, executable=executable, env=worker_environment(env), working_dir=working_dir)
+    return start_process(ends, WorkerProcess(tell_ends(config, ends.theirs), launch))

@@ -43,7 +43,13 @@ class SpawnedWorker(ABC):
 
     @abstractmethod
     def exit_code(self) -> int | None:
-        """None while it runs; negative for a signal, and for a crash that Windows reports."""
+        """Negative for a signal, and for a crash that Windows reports.
+
+        None while it runs, and where nobody can tell.
+        """
+
+    def ended(self) -> bool:
+        return self.exit_code() is not None
 
     @abstractmethod
     def signal_group(self, number: int) -> None:

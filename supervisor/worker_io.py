@@ -90,6 +90,8 @@ class WorkerIO:
     awaits_segment: bool = False
     unsent: deque[tuple[int, int]] = field(default_factory=deque[tuple[int, int]])
     unsent_since_s: float = 0.0
+    withdraw: Callable[[], object] | None = None
+    """Take it back while its process is only waited for."""
     _begun: LineReader | None = None
     _last_begun: str = ""
 
@@ -133,6 +135,8 @@ class WorkerIO:
     def signal(self, name: Literal["SIGTERM", "SIGKILL"]) -> None:
         if self.spawned is None:
             self.kill_wanted = True  # as soon as it is there
+            if self.withdraw is not None:
+                self.withdraw()
         else:
             self.spawned.signal_group(SIGTERM if name == "SIGTERM" else SIGKILL)
 

@@ -184,7 +184,7 @@ def test_a_signal_goes_to_the_group_and_is_kept_for_a_worker_that_is_not_there_y
     [
         (0, "exited with code 0"),
         (3, "exited with code 3"),
-        (None, "ended; how is not known"),
+        (None, "was killed or exited, status unknown (its zygote had died)"),
         (-11, "was killed by SIGSEGV"),
         (-15, "was killed by SIGTERM"),
         (-250, "was killed by signal 250"),

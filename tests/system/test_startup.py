@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from legion_shm import ConfigError, StartupError, StartupTimeout, Supervisor, WorkerSpec
+from legion_shm import ConfigError, StartupError, StartupTimeout, Supervisor, WorkerInfo, WorkerSpec
 from legion_shm.supervisor.spawn import environment_with
 from tests.system.support import flow, gone, in_threads, pid_of, run, spec, wait_for
 
@@ -84,10 +84,16 @@ def test_a_worker_that_keeps_dying_at_its_start_is_given_up_within_the_budget(tm
 def test_a_worker_that_never_gets_ready_is_ended_and_the_setting_named(tmp_path: Path) -> None:
     path = module(tmp_path, "import time\ntime.sleep(600)\nNODE_CLASS_MAPPINGS = {}\n")
     with Supervisor() as legion:
+        run(legion, "TestPass")
         slow = spec(node_modules=[path], startup_timeout_s=0.4)
         job = legion.submit(flow("TestPass"), spec=slow)
-        wait_for(lambda: legion.workers() and legion.workers()[0].pid, "the worker is starting")
-        pid = pid_of(legion.workers()[0])
+
+        def starting() -> list[WorkerInfo]:
+            return [worker for worker in legion.workers() if worker.state == "starting" and worker.pid]
+
+        wait_for(starting, "the worker is starting")
+        (worker,) = starting()
+        pid = pid_of(worker)
         with pytest.raises(StartupTimeout, match="startup_timeout_s"):
             job.result(timeout=30)
         wait_for(lambda: gone(pid), "its process has ended")
