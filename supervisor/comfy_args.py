@@ -79,15 +79,18 @@ class GivenArguments:
 def read_arguments(arguments: Sequence[str]) -> GivenArguments:
     """The user's arguments, read by the parser of the ComfyUI that is first on ``sys.path``.
 
-    Leaves ComfyUI's argument module unloaded, for it parses ``sys.argv`` once, when it loads. Raises
-    ConfigError in the parser's own words.
+    Leaves ComfyUI's argument module as it was: unloaded, for it parses ``sys.argv`` once, when it loads; or,
+    in a fork of a zygote, the one that the modules imported there know. Raises ConfigError in the parser's
+    own words.
     """
+    loaded = "comfy.cli_args" in sys.modules
     module = importlib.import_module("comfy.cli_args")
     try:
         given = GivenArguments(module.parser, arguments)
     finally:
-        del sys.modules["comfy.cli_args"]
-        vars(sys.modules["comfy"]).pop("cli_args", None)
+        if not loaded:
+            del sys.modules["comfy.cli_args"]
+            vars(sys.modules["comfy"]).pop("cli_args", None)
     for name in _REFUSED:
         if given.given(name):
             option = "--" + name.replace("_", "-")

@@ -34,7 +34,7 @@ from legion_shm.supervisor.comfy_job import Relay
 from legion_shm.supervisor.graph_report import describe_value
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 
-__all__ = ["WORKER_NODES", "HeadlessComfy", "start_headless"]
+__all__ = ["WORKER_NODES", "HeadlessComfy", "is_torch_warning", "start_headless"]
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +104,7 @@ def start_headless(root: Path, extra_args: Sequence[str]) -> HeadlessComfy:
     try:
         arguments = headless_arguments(given, temp=temp.path, accelerator=accelerator_found(os.environ))
         sys.argv = [str(root / "main.py"), *arguments]
+        _tell_preloaded(temp.path)
         return _start(root, temp)
     except ModuleNotFoundError as error:
         temp.close()
@@ -121,6 +122,15 @@ def start_headless(root: Path, extra_args: Sequence[str]) -> HeadlessComfy:
     except BaseException:
         temp.close()
         raise
+
+
+def _tell_preloaded(temp: Path) -> None:
+    """In a fork of a zygote ComfyUI has read its arguments: these, but for the worker's own folder."""
+    known = sys.modules.get("comfy.cli_args")
+    if known is not None:
+        known.args.temp_directory = str(temp)
+        if hasattr(known.args, "front_end_root"):
+            known.args.front_end_root = str(temp / "frontend")
 
 
 def _start(root: Path, temp: _Temp) -> HeadlessComfy:
@@ -177,6 +187,9 @@ def _load_main(root: Path) -> Any:
     path = root / "main.py"
     tree = ast.parse(path.read_bytes(), str(path))
     kept = [statement for statement in tree.body if not _is_last_block(statement)]
+    if "torch" in sys.modules:  # it came with the zygote, and not by somebody's mistake
+        tree.body = [statement for statement in tree.body if not is_torch_warning(statement)]
+        kept = [statement for statement in kept if not is_torch_warning(statement)]
     module = types.ModuleType("main")
     module.__file__ = str(path)
     if len(kept) == len(tree.body) - 1:
@@ -186,6 +199,11 @@ def _load_main(root: Path) -> Any:
     exec(compile(tree, str(path), "exec"), module.__dict__)
     module.__name__ = "main"
     return module
+
+
+def is_torch_warning(statement: ast.stmt) -> bool:
+    """With this ComfyUI begins its main code: was torch imported before?"""
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "'torch' in sys.modules"
 
 
 def _is_last_block(statement: ast.stmt) -> bool:

@@ -6,27 +6,50 @@ Owns the lists, and the reasons not to preload at all. It imports no module of a
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from legion_shm.comfy_location import find_comfyui
 
 __all__ = ["NotToBePreloaded", "preload"]
 
-_ALWAYS = (
+_GRAPH = (
     "numpy",
     "torch",
     "PIL.Image",
     "psutil",
     "legion_shm.supervisor.host",
     "legion_shm.transport.tensors",
+    "legion_shm.supervisor.graph",
+    "legion_shm.supervisor.graph_nodes",
+    "legion_shm.nodes",
 )
-_GRAPH = ("legion_shm.supervisor.graph", "legion_shm.supervisor.graph_nodes", "legion_shm.nodes")
+_COMFY = (
+    "psutil",
+    "legion_shm.supervisor.host",
+    "legion_shm.supervisor.comfy",
+)  # after ComfyUI's own, whose settings decide how torch is to be loaded
 
 
 class NotToBePreloaded(Exception):
     """Workers of this kind must not share what they import: the reason, in words."""
 
 
-def preload(engine: str, comfyui_path: str | None, extra_args: tuple[str, ...]) -> None:
+def preload(engine: str, comfyui_path: str | None, extra_args: Sequence[str]) -> None:
     """Import it, in the order in which a worker would. Raises NotToBePreloaded, and what an import raises."""
-    if engine != "graph":
-        raise NotToBePreloaded("the comfy engine")
-    for name in (*_ALWAYS, *_GRAPH):
+    if engine == "comfy":
+        _preload_comfyui(comfyui_path, extra_args)
+    for name in _COMFY if engine == "comfy" else _GRAPH:
         importlib.import_module(name)
+
+
+def _preload_comfyui(comfyui_path: str | None, extra_args: Sequence[str]) -> None:
+    from legion_shm.supervisor.comfy_preload import preload_comfyui
+
+    found = find_comfyui(comfyui_path, os.environ)
+    if found is None:
+        raise NotToBePreloaded("there is no ComfyUI")
+    reason = preload_comfyui(Path(os.path.abspath(found.path)), extra_args)
+    if reason:
+        raise NotToBePreloaded(reason)

@@ -212,6 +212,7 @@ CHANGES: list[dict[str, Any]] = [
     {"startup_timeout_s": 1},
     {"idle_timeout_s": 1},
     {"max_jobs_per_life": 1},
+    {"zygote": "off"},
 ]
 
 
