@@ -182,14 +182,12 @@ class Zygote:
 
     def readable(self, fd: int, now: float) -> None:
         """One of `fds` is readable."""
-        if self.spawned is None:
-            return
         if fd in self._readers:
             self._read_lines(fd)
-        else:
-            self._read_reports(now)
-            if fd == self.spawned.exit_fd:
-                self._died()
+            return
+        self._read_reports(now)  # its last words come before its end; with them it may have been let go of
+        if self.spawned is not None and fd == self.spawned.exit_fd:
+            self._died()
 
     def _read_lines(self, fd: int) -> None:
         for line in self._readers[fd].read():

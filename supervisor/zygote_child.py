@@ -50,6 +50,7 @@ class ZygoteConfig:
     comfyui_path: str | None
     extra_args: tuple[str, ...]
     death_fd: int = -1
+    begun_fd: int = -1
     control_fd: int = -1
 
 
@@ -75,6 +76,7 @@ def serve(config: ZygoteConfig) -> HostConfig | None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         cast("io.TextIOWrapper", stream).reconfigure(line_buffering=True, errors="backslashreplace")
+    os.close(config.begun_fd)  # every spawned process gets one; a zygote begins no job
     control = socket.socket(fileno=config.control_fd)
     control.setblocking(True)
     started_s = time.monotonic()
@@ -253,12 +255,14 @@ class _Zygote:
 def _reseed() -> None:
     """Random streams of a fork's own, where a process of its own would have them.
 
-    Python's ``random`` and ``tempfile`` and OpenSSL see to themselves. torch's generator is left alone: it
-    starts from the same constant in every process.
+    Python's ``random`` and ``tempfile`` and OpenSSL see to themselves; a GPU's generators do not exist yet.
     """
     numpy_random: Any = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()
 
 
 def _wait_for_end(fd: int) -> None:

@@ -223,5 +223,6 @@ def _spawn_zygote(name: str, kind: _Kind) -> PosixWorker:
         comfyui_path=kind.comfyui_path,
         extra_args=kind.extra_args,
     )
-    config = replace(config, death_fd=ends.theirs[2], control_fd=ends.theirs[4])
+    _, _, death_fd, begun_fd, control_fd = ends.theirs
+    config = replace(config, death_fd=death_fd, begun_fd=begun_fd, control_fd=control_fd)
     return start_process(ends, ZygoteProcess(config, launch))
