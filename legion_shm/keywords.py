@@ -30,6 +30,7 @@ class WorkerKeywords(TypedDict, total=False):
     startup_timeout_s: float
     idle_timeout_s: float | None
     max_jobs_per_life: int | None
+    zygote: Literal["auto", "off"]
 
 
 class SettingsKeywords(TypedDict, total=False):
@@ -54,6 +55,8 @@ class SettingsKeywords(TypedDict, total=False):
     log_tail_lines: int
     lease_flush_s: float
     idle_trim_s: float
+    zygote: Literal["auto", "off"]
+    zygote_idle_s: float
     channel: Literal["auto", "ipc", "tcp"]
     segments: Literal["auto", "memfd", "portable"]
     runtime_dir: _Path | None
