@@ -31,7 +31,7 @@ from legion_shm.supervisor.comfy_args import (
 )
 from legion_shm.supervisor.comfy_start import is_torch_warning
 
-__all__ = ["preload_comfyui", "reason_against"]
+__all__ = ["imported_by", "is_settings", "preload_comfyui", "reason_against"]
 
 _OWN_FILES = ("main.py", "execution.py", "server.py", "nodes.py", "folder_paths.py")
 _IMPORT = re.compile(r"^(?:import|from)[ \t]+([\w.]+)", re.MULTILINE)
@@ -142,11 +142,11 @@ def _run_settings(root: Path, tree: ast.Module) -> None:
     for statement in tree.body:
         if is_torch_warning(statement):
             break
-        if _is_settings(statement):
+        if is_settings(statement):
             exec(compile(ast.Module([statement], []), str(root / "main.py"), "exec"), module.__dict__)
 
 
-def _is_settings(statement: ast.stmt) -> bool:
+def is_settings(statement: ast.stmt) -> bool:
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
         return True
     if isinstance(statement, ast.Expr):
@@ -156,7 +156,7 @@ def _is_settings(statement: ast.stmt) -> bool:
 
 def _import_libraries(root: Path, skipped: frozenset[str]) -> None:
     """What ComfyUI's files import and is not ComfyUI's. Missing ones are ComfyUI's to complain about."""
-    for name in _imported_by(_files(root)):
+    for name in imported_by(_files(root)):
         top = name.partition(".")[0]
         if top in skipped or (root / top).exists() or (root / f"{top}.py").exists():
             continue
@@ -173,7 +173,7 @@ def _import_core(root: Path, tree: ast.Module, *, with_api_nodes: bool) -> None:
         for name in names:
             importlib.import_module(name)
     folders = ("comfy_extras", "comfy_api_nodes") if with_api_nodes else ("comfy_extras",)
-    for name in _imported_by(
+    for name in imported_by(
         [path for folder in folders for path in sorted((root / folder).glob("nodes_*.py"))]
     ):
         with contextlib.suppress(ImportError):
@@ -188,7 +188,7 @@ def _files(root: Path) -> list[Path]:
     return paths
 
 
-def _imported_by(paths: Sequence[Path]) -> list[str]:
+def imported_by(paths: Sequence[Path]) -> list[str]:
     """The modules that files import at their left margin, each once, in the order in which they come."""
     names: dict[str, None] = {}
     for path in paths:
