@@ -39,9 +39,10 @@ __all__ = ["Options", "choose_peers", "run"]
 _MEMORY_SHARE = 12
 """A size is measured where so many tensors of it fit into the available memory."""
 
-_QUICK_BUDGET_S = 5.0
+_QUICK_BUDGET_S = 3.0
 _FULL_BUDGET_S = 60.0
 _PROOF_SHAPE = (1, 64, 64, 3)
+_PROOF_BYTES = 4 * 64 * 64 * 3
 
 
 def _nothing(text: str) -> None:
@@ -95,7 +96,7 @@ def run(options: Options) -> Result:
     cases: list[Case] = []
     proved: set[str] = set()
     with contextlib.ExitStack() as stack:
-        cases = open_cases(peers, max((size.nbytes for size in fitting), default=1), note, options.show)
+        cases = open_cases(peers, max([_PROOF_BYTES, *(size.nbytes for size in fitting)]), note, options.show)
         stack.callback(close_cases, cases)
         for case in cases:
             options.show(f"proving the checks of {case.peer.name}")

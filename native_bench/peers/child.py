@@ -92,7 +92,7 @@ class ChildSession(Session):
         try:
             link.send(tensor)
             return link.receive()
-        except (EOFError, OSError, TimeoutError) as error:
+        except Exception as error:  # each way has errors of its own
             raise PeerFailed(f"the exchange failed: {error!r}; {self._last_words()}") from error
 
     def finish(self) -> Seen:

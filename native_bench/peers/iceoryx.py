@@ -3,6 +3,7 @@
 Settings: one service each way, one sample in flight; memory allocated once for the largest message
 (``initial_max_slice_len``); each sample is loaned uninitialized, filled by ``ctypes.memmove`` (which gives
 up the GIL), and used in place by the receiver; an event service each way wakes the receiver, which blocks.
+Its files have a prefix and a folder of their own, so that they can be removed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import ctypes
 import importlib
 import secrets
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from legion_shm.native_bench.payload import as_tensor
@@ -23,12 +27,16 @@ _HEAD_BYTES = 4096
 
 
 class _IceoryxLink(Link):
-    def __init__(self, name: str, most_bytes: int, child: bool) -> None:
+    def __init__(self, name: str, folder: str, most_bytes: int, child: bool) -> None:
         ice: Any = importlib.import_module("iceoryx2")
         self._ice = ice
         ice.set_log_level(ice.LogLevel.Error)
+        config = ice.config.default()
+        config.global_cfg.prefix = ice.FileName.new(f"{name}_")
+        config.global_cfg.root_path = ice.Path.new(folder)
         self._node = (
             ice.NodeBuilder.new()
+            .config(config)
             .signal_handling_mode(ice.SignalHandlingMode.Disabled)
             .create(ice.ServiceType.Ipc)
         )
@@ -96,7 +104,15 @@ class IceoryxPeer(Peer):
     package = "iceoryx2"
 
     def open(self, most_bytes: int) -> Session:
-        return ChildSession(_IceoryxLink, (f"legion-bench-{secrets.token_hex(6)}", most_bytes))
+        name, folder = f"legion-bench-{secrets.token_hex(6)}", tempfile.mkdtemp(prefix="legion-bench-")
+
+        def clean() -> None:
+            """What it leaves for the next process of the same configuration, of which there is none."""
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in Path("/dev/shm").glob(f"{name}_*"):
+                path.unlink(missing_ok=True)
+
+        return ChildSession(_IceoryxLink, (name, folder, most_bytes), on_close=clean)
 
 
 PEERS: list[Peer] = [IceoryxPeer()]

@@ -63,7 +63,11 @@ class _SocketLink(Link):
         pass
 
     def close(self) -> None:
+        from zmq.utils.garbage import gc
+
         self._close()
+        collector: Any = gc
+        collector.stop()  # pyzmq's thread behind copy=False; it starts anew where another link needs it
 
 
 class _RawLink(_SocketLink):

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+
+from legion_shm.errors import BenchmarkError, ContentsDiffer
+from legion_shm.native_bench.measure import (
+    close_cases,
+    exchange_once,
+    measure_size,
+    open_cases,
+    order_for,
+    prove_check,
+)
+from legion_shm.native_bench.payload import Order, Use, make
+from legion_shm.native_bench.peers import all_peers
+from legion_shm.native_bench.peers.base import Peer, Responder, Seen, Session
+from legion_shm.native_bench.run import choose_peers
+from legion_shm.native_bench.schedule import Size
+from tests.system.support import REPO, run_script
+
+IMAGE = (1, 64, 64, 3)
+LOCAL = ("pipe", "shared-memory", "zeromq", "pickle5-zeromq", "safetensors", "npy", "png", "process-vm-readv")
+
+
+def no_note(what: str, why: str) -> None:
+    raise AssertionError(f"{what}: {why}")
+
+
+def carry(names: Sequence[str]) -> None:
+    """Two good exchanges of each way, and a spoiled one that must be noticed."""
+    peers = choose_peers(names)
+    cases = open_cases(peers, 1 << 20, no_note, lambda text: None)
+    try:
+        assert len(cases) == len(peers) > 0
+        for case in cases:
+            how: Use = "touch" if case.peer.uses("touch") else "none"
+            for number in range(2):
+                shape = (1024,) if not case.peer.unfit((1024,)) else IMAGE
+                taken = exchange_once(case, order_for(case.peer, shape, how, number))
+                assert 0 < taken.one_way_us < taken.round_trip_us
+            prove_check(case, IMAGE)
+    finally:
+        close_cases(cases)
+
+
+def test_every_way_carries_a_tensor_there_and_back_and_finds_a_spoiled_answer() -> None:
+    carry([*LOCAL, "ours"])
+
+
+def test_torch_s_queues_do_so_too() -> None:
+    # In a process of its own: torch keeps a manager process and a thread for as long as its user lives.
+    code = "from tests.bench.test_peers import carry\n"
+    code += "if __name__ == '__main__': carry(['torch-file-system', 'torch-file-descriptor'])"
+    done = run_script("-c", code, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_are_unique_and_every_way_says_its_settings() -> None:
+    peers = all_peers()
+    assert len({peer.name for peer in peers}) == len(peers)
+    assert all(re.fullmatch(r"[a-z0-9-]+", peer.name) and len(peer.settings) > 20 for peer in peers)
+
+
+def test_ours_stands_for_all_of_ours_and_unknown_names_are_refused() -> None:
+    chosen = choose_peers(["ours", "pipe"])
+    assert {peer.kind for peer in chosen if peer.name != "pipe"} == {"legion"}
+    assert len(chosen) == 6
+    with pytest.raises(BenchmarkError, match="telegraph"):
+        choose_peers(["telegraph"])
+
+
+class _Direct(Session):
+    """Both ends in this process; ``fault`` is what goes wrong."""
+
+    def __init__(self, fault: str = "") -> None:
+        self._responder, self._fault = Responder(), fault
+
+    def ready(self) -> None:
+        pass
+
+    def prepare(self, order: Order) -> None:
+        self._responder.prepare(order)
+
+    def exchange(self, tensor: object) -> object:
+        if self._fault == "there":
+            tensor = make(Order(IMAGE, "touch", 999, 999))
+        reply = self._responder.take(tensor)
+        return make(Order(IMAGE, "touch", 999, 999)) if self._fault == "back" else reply
+
+    def finish(self) -> Seen:
+        return self._responder.finish()
+
+    def close(self) -> None:
+        pass
+
+
+class _DirectPeer(Peer):
+    settings = "in this process"
+
+    def __init__(self, name: str, fault: str = "", missing: str = "") -> None:
+        self.name, self.title, self.fault, self._missing = name, name, fault, missing
+
+    def missing(self) -> str:
+        return self._missing
+
+    def open(self, most_bytes: int) -> Session:
+        del most_bytes
+        return _Direct(self.fault)
+
+
+@pytest.mark.parametrize(("fault", "where"), [("there", "in the other process"), ("back", "here")])
+def test_contents_that_differ_are_found_on_the_side_where_they_arrive(fault: str, where: str) -> None:
+    (case,) = open_cases([_DirectPeer("direct", fault)], 1 << 20, no_note, lambda text: None)
+    with pytest.raises(ContentsDiffer, match=where):
+        exchange_once(case, order_for(case.peer, IMAGE, "touch", 1))
+
+
+def test_a_way_that_fails_is_left_out_with_its_reason_and_the_others_go_on() -> None:
+    notes: list[tuple[str, str]] = []
+    peers: list[Peer] = [
+        _DirectPeer("good"),
+        _DirectPeer("bad", "back"),
+        _DirectPeer("absent", missing="not here"),
+    ]
+    cases = open_cases(peers, 1 << 20, lambda *note: notes.append(note), lambda text: None)
+    sampled = measure_size(
+        cases, Size("48 KB", IMAGE, ""), "touch", rounds=6, budget_s=20,
+        note=lambda *note: notes.append(note), show=lambda text: None,
+    )  # fmt: skip
+    assert {name: len(taken) for name, taken in sampled.taken.items()} == {"good": 6}
+    assert [name for name, _ in notes] == ["absent", "bad"]
+
+
+def test_time_that_is_up_ends_the_rounds_but_leaves_three() -> None:
+    cases = open_cases([_DirectPeer("good")], 1 << 20, no_note, lambda text: None)
+    sampled = measure_size(
+        cases,
+        Size("48 KB", IMAGE, ""),
+        "touch",
+        rounds=500,
+        budget_s=1e-6,
+        note=no_note,
+        show=lambda text: None,
+    )
+    assert sampled.stopped
+    assert len(sampled.taken["good"]) == 3
