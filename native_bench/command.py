@@ -8,6 +8,7 @@ Exit codes: 0 measured; 1 a regression (``--compare``), or nothing of ours could
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -70,6 +71,8 @@ def bench(
         from legion_shm.native_bench.model import read_result, write_result
         from legion_shm.native_bench.table import print_comparison, print_result
 
+        if html_file and not _has_matplotlib():
+            raise BenchmarkError("--html needs matplotlib for its plots: pip install 'legion-shm[bench]'")
         old = None if compare_file is None else read_result(compare_file)
         if from_file is not None:
             result = read_result(from_file)
@@ -88,7 +91,11 @@ def bench(
     if html_file:
         from legion_shm.native_bench.html import to_html
 
-        Path(html_file).write_text(to_html(result), encoding="utf-8")
+        try:
+            page = to_html(result)
+        except BenchmarkError as error:
+            raise click.UsageError(str(error)) from None
+        Path(html_file).write_text(page, encoding="utf-8")
     if markdown:
         click.echo(to_markdown(result))
     else:
@@ -132,3 +139,11 @@ def _progress(quiet: bool) -> Generator[Callable[[str], None]]:
     finally:
         sys.stderr.write("\r\x1b[2K")
         sys.stderr.flush()
+
+
+def _has_matplotlib() -> bool:
+    """Looked for before anything is measured, rather than afterwards."""
+    try:
+        return importlib.util.find_spec("matplotlib") is not None
+    except (ImportError, ValueError):
+        return False

@@ -4,17 +4,20 @@ import csv
 import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from legion_shm.cli import main
 from legion_shm.errors import BenchmarkError
 from legion_shm.native_bench.export import to_csv, to_markdown
 from legion_shm.native_bench.goals import check_goals
 from legion_shm.native_bench.model import FORMAT, read_result, write_result
 from legion_shm.native_bench.table import format_ms, print_result
 from tests.bench.canned import MB25, canned
+from tests.system.support import run_script
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib (extra `bench`) is not installed"
@@ -79,17 +82,30 @@ def test_markdown_has_tables_whose_lines_have_as_many_cells_as_their_heads() -> 
 
 
 @needs_matplotlib
-def test_the_page_holds_plots_and_needs_nothing_from_outside() -> None:
-    from legion_shm.native_bench.html import to_html
-
-    page = to_html(canned())
+def test_the_page_holds_plots_and_needs_nothing_from_outside(tmp_path: Path) -> None:
+    write_result(canned(), tmp_path / "result.json")
+    # In a process of its own: matplotlib starts a thread and a program where it builds its list of fonts.
+    arguments = ("-m", "legion_shm.native_bench", "--from", "result.json", "--html", "page.html")
+    done = run_script(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3
     assert "Way iceoryx2" in page
     assert "Test &lt;CPU&gt;" in page
     assert "Test <CPU>" not in page
     for outside in ("<script", "src=", "<link", "@import", "url(http"):
         assert outside not in page
-    assert page == to_html(canned())
+
+
+def test_a_page_without_matplotlib_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_result(canned(), tmp_path / "result.json")
+    given = ["bench", "--from", str(tmp_path / "result.json"), "--html", str(tmp_path / "page.html")]
+    assert main(given) == 2
+    assert "legion-shm[bench]" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_goals_are_met_missed_or_not_measured_by_the_figures() -> None:
