@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,7 +76,9 @@ def _one_life(size: Size) -> dict[str, float]:
     return took
 
 
-def measure_throughput(*, size: Size, rounds: int, show: Callable[[str], None]) -> list[Row]:
+def measure_throughput(
+    *, size: Size, rounds: int, in_flights: Sequence[int], show: Callable[[str], None]
+) -> list[Row]:
     """GB/s of private tensors to workers, by how many are in flight and how many workers there are."""
     rows: list[Row] = []
     order = Order(size.shape, "touch", 21, 22)
@@ -84,7 +86,7 @@ def measure_throughput(*, size: Size, rounds: int, show: Callable[[str], None]) 
         spec = _spec(10 + workers, max_workers=workers)
         with Supervisor() as legion:
             legion.warm_up(spec, workers=workers)
-            for in_flight in (1, 4, 8):
+            for in_flight in in_flights:
                 show(f"throughput: {in_flight} in flight, {workers} workers")
                 tensors = [payload.make(order) for _ in range(in_flight)]
                 values: list[float] = []

@@ -87,6 +87,8 @@ def close_cases(cases: list[Case]) -> None:
     with contextlib.ExitStack() as stack:
         for case in cases:
             stack.callback(case.session.close)
+        for case in cases:
+            case.session.retire()
 
 
 def exchange_once(case: Case, order: Order) -> Taken:

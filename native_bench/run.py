@@ -151,7 +151,9 @@ def _ours(options: Options, note: Callable[[str, str], None]) -> list[Row]:
     parts: dict[str, Callable[[], list[Row]]] = {
         "control round trip": lambda: control.measure_control(rounds=200 if quick else 1000, show=show),
         "worker starts": lambda: life.measure_starts(rounds=1 if quick else 5, size=size, show=show),
-        "throughput": lambda: life.measure_throughput(size=size, rounds=2 if quick else 10, show=show),
+        "throughput": lambda: life.measure_throughput(
+            size=size, rounds=2 if quick else 10, in_flights=(1, 4) if quick else (1, 4, 8), show=show
+        ),
         "memory": lambda: life.measure_memory(size=size, show=show),
         "whole path": lambda: whole_path.measure_whole_path(
             rounds=5 if quick else 30, comfyui=options.comfyui, show=show

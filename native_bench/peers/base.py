@@ -104,6 +104,9 @@ class Session(ABC):
     def finish(self) -> Seen:
         """Not timed: let go of the last answer, and hear what the other process saw."""
 
+    def retire(self) -> None:  # noqa: B027 - nothing to tell is fine
+        """Tell the other process to end, without waiting: `close` comes next, after others were told too."""
+
     @abstractmethod
     def close(self) -> None:
         """End the other process and remove whatever was made. Idempotent."""

@@ -100,12 +100,16 @@ class ChildSession(Session):
             self._link.release()
         return cast("Seen", self._ask("finish", None))
 
+    def retire(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(("close", None))
+
     def close(self) -> None:
+        self.retire()
         process, self._process = self._process, None
         try:
             if process is not None:
-                with contextlib.suppress(OSError):
-                    self._control.send(("close", None))
                 process.join(_STOP_S)
                 if process.is_alive():
                     process.kill()

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from legion_shm.native_bench.goals import check_goals
 from legion_shm.native_bench.model import FORMAT, read_result, write_result
 from legion_shm.native_bench.table import format_ms, print_result
 from tests.bench.canned import MB25, canned
-from tests.system.support import run_script
+from tests.system.support import REPO, run_script
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib (extra `bench`) is not installed"
@@ -137,3 +138,13 @@ def test_a_figure_stands_against_two_copies_two_uses_and_a_wake_up() -> None:
 )
 def test_milliseconds_have_three_digits(value_us: float, text: str) -> None:
     assert format_ms(value_us) == text
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPO / "native_bench" / "reference").glob("*.json")), ids=lambda p: p.stem
+)
+def test_a_committed_reference_can_be_read_and_names_no_machine_by_name(path: Path) -> None:
+    result = read_result(path)
+    assert {"processor", "cpus", "kernel", "python"} <= set(result.machine)
+    assert any(row.case == "legion" for row in result.rows)
+    assert not {"/root", "/home", "/tmp", "/work"} & set(re.findall(r"/[a-z]+", path.read_text("utf-8")))

@@ -97,6 +97,7 @@ def test_wheel_has_no_other_top_level_name(wheel: Path) -> None:
 def test_wheel_is_marked_typed_and_licensed(wheel: Path) -> None:
     content = names(wheel)
     assert "legion_shm/py.typed" in content
+    assert "legion_shm/native_bench/limits.c" in content
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in content)
 
 
