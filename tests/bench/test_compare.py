@@ -15,6 +15,9 @@ def test_a_machine_that_is_slower_as_a_whole_is_no_regression() -> None:
     comparison = compare(canned(machine=1.8), canned())
     assert comparison.regressions == ()
     assert abs(comparison.drift - 1.8) < 0.01
+    assert all(
+        0.95 < change.factor < 1.05 for change in comparison.changes if change.row.section == "transfer"
+    )
 
 
 def test_a_regression_shows_through_a_slower_machine() -> None:
