@@ -131,7 +131,7 @@ FRAMES = {
     "with another's greeting": row(1, 1, "w2", "token", "job", 1),
     "that asks for less than nothing": row(1, 10, -1),
     "of what no node does": frame(NodeNotes("j", 1, (("a", "b", "exploded"),))),
-    "with figures below zero": row(1, 7, "j", 1, [["o", b"", [], [], None, [-1] * 6]], [], *[0] * 6),
+    "with figures below zero": row(1, 7, "j", 1, [["o", b"", [], [], None, [-1] * 6]], [], *[0] * 6, []),
 }
 
 
