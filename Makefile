@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: help demo test check lint mypy pyright layers fast clean
+.PHONY: help demo test check lint mypy pyright layers fast soak fuzz clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -15,6 +15,8 @@ help:
 	@echo "make test    install the development tools too, then run the checks and all tests"
 	@echo "make check   ruff, mypy, pyright, import-linter"
 	@echo "make fast    the tests, without those marked slow or comfyui"
+	@echo "make soak    ten thousand jobs, a worker killed every hundred (LEGION_SOAK_JOBS=...)"
+	@echo "make fuzz    a minute of fuzzing for each decoder (LEGION_FUZZ_SECONDS=...)"
 	@echo "make clean   remove $(VENV) and what builds and checks left behind"
 	@echo "PYTHON=...   the Python (3.10 or later) to make $(VENV) with, instead of python3"
 
@@ -42,6 +44,12 @@ layers: $(VENV)/installed-dev
 
 fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -x -q -m "not slow and not comfyui"
+
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m tests.reliability.soak
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m tests.reliability.fuzz
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
