@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib
+import os
+import signal
 import threading
 from typing import Any
 
@@ -99,6 +102,22 @@ class ProbeExit(_Probe):
         raise SystemExit(3)
 
 
+class ProbeCrash(_Probe):
+    def run(self, image: Any) -> tuple[Any]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return (image,)
+
+
+class ProbeHoldGil(_Probe):
+    """Sleeps in C for a minute without giving up the interpreter's lock."""
+
+    def run(self, image: Any) -> tuple[Any]:
+        libc = ctypes.PyDLL(None)
+        for _ in range(120):
+            libc.usleep(500_000)
+        return (image,)
+
+
 class ProbeBlock(_Probe):
     def run(self, image: Any) -> tuple[Any]:
         return (ExecutionBlocker("blocked by the probe"),)
@@ -147,9 +166,11 @@ NODE_CLASS_MAPPINGS = {
         ProbeAsync,
         ProbeBlock,
         ProbeCount,
+        ProbeCrash,
         ProbeExit,
         ProbeExpand,
         ProbeFail,
+        ProbeHoldGil,
         ProbeLazy,
         ProbeOwnProgress,
         ProbeSampler,

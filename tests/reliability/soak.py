@@ -3,7 +3,7 @@
 `make soak` runs ten thousand jobs; `test_load.py` a few hundred. Every result is checked element by element,
 each job's end is counted, and what the processes hold is looked at throughout.
 
-    python -m tests.reliability.soak [--jobs N] [--seconds N] [--kill-every N] [--seed N] [--segments memfd|portable]
+    python -m tests.reliability.soak [--jobs N] [--seconds N] [--kill-every N] [--seed N] [--segments KIND]
 """
 
 from __future__ import annotations
