@@ -44,7 +44,8 @@ async def invert(request: web.Request) -> web.Response:
     try:
         image = await asyncio.to_thread(read_image, await request.read())
     except UnidentifiedImageError as error:
-        raise web.HTTPUnsupportedMediaType(text=str(error)) from error
+        said = "the body is no image that Pillow can read; send the bytes of a PNG or JPEG file\n"
+        raise web.HTTPUnsupportedMediaType(text=said) from error
     try:
         job = await request.app[LEGION].asubmit(WORKFLOW, inputs=[image], spec=SPEC, deadline_s=30, retries=1)
         result = await job

@@ -149,7 +149,7 @@ Files of --output, by extension:
 )  # fmt: skip
 @click.option("--comfyui", metavar="PATH", help="The ComfyUI to use; else COMFYUI_PATH, else ~/ComfyUI.")
 @click.option(
-    "--node-module", "-m", "node_modules", multiple=True, metavar="MODULE",
+    "--node-module", "--node-modules", "-m", "node_modules", multiple=True, metavar="MODULE",
     help="A module with NODE_CLASS_MAPPINGS: an importable name, a .py file or a folder (graph engine).",
 )  # fmt: skip
 @click.option(

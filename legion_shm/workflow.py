@@ -32,7 +32,9 @@ __all__ = [
     "check_inputs",
     "is_link",
     "limited_to",
+    "linked_channels",
     "load_workflow",
+    "missing_inputs",
     "name_inputs",
     "pack_workflow",
     "read_channels",
@@ -372,9 +374,13 @@ def check_inputs(channels: Channels, inputs: Mapping[str, object]) -> tuple[str,
 
 @dataclass(frozen=True)
 class PreparedWorkflow:
-    """A checked workflow as it is sent: its channels, its JSON bytes and their digest."""
+    """A checked workflow as it is sent: its channels, its JSON bytes and their digest.
+
+    ``linked``: each numbered channel that a node's input is linked to, with words for that input.
+    """
 
     channels: Channels
+    linked: tuple[tuple[str, str], ...]
     data: bytes
     digest: bytes
 
@@ -397,7 +403,9 @@ class WorkflowCache:
         if kept is not None:
             return kept
         workflow = load_workflow(source)
-        prepared = PreparedWorkflow(read_channels(workflow), *pack_workflow(workflow))
+        prepared = PreparedWorkflow(
+            read_channels(workflow), linked_channels(workflow), *pack_workflow(workflow)
+        )
         if key is not None:
             while len(self._kept) >= self._entries:
                 with contextlib.suppress(KeyError, RuntimeError, StopIteration):  # another thread was faster
@@ -418,6 +426,29 @@ class WorkflowCache:
 
 
 _MARSHAL_VERSION = 2  # later ones write whether two equal texts are one object
+
+
+def linked_channels(workflow: Workflow) -> tuple[tuple[str, str], ...]:
+    """Each channel of LegionImporter that an input of a node is linked to, but for those that export it."""
+    found: list[tuple[str, str]] = []
+    importers = {node_id for node_id, node in workflow.items() if node["class_type"] == "LegionImporter"}
+    for node_id, node in workflow.items():
+        if node["class_type"] in ("LegionExporter", "LegionOutput"):
+            continue
+        for name, value in node["inputs"].items():
+            if is_link(value) and value[0] in importers and value[1] < CHANNELS:
+                where = f"node {node_id} ({node['class_type']}), input {name}"
+                found.append((f"input_{value[1] + 1}", where))
+    return tuple(found)
+
+
+def missing_inputs(linked: Iterable[tuple[str, str]], inputs: Mapping[str, object]) -> tuple[str, ...]:
+    """A sentence for each input of a node that will get None, for the channel that it is linked to."""
+    return tuple(
+        f"{channel!r} was not given: {where}, which is linked to it, gets None"
+        for channel, where in linked
+        if channel not in inputs
+    )
 
 
 def limited_to(workflow: Workflow, targets: Iterable[str]) -> Workflow:

@@ -46,7 +46,14 @@ from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kin
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
 from legion_shm.transport.values import EXTRA_DATA
-from legion_shm.workflow import WorkflowCache, check_inputs, limited_to, load_workflow, name_inputs
+from legion_shm.workflow import (
+    WorkflowCache,
+    check_inputs,
+    limited_to,
+    load_workflow,
+    missing_inputs,
+    name_inputs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +160,7 @@ class Supervisor:
         values = name_inputs(inputs)
         unread = check_inputs(prepared.channels, values)
         warnings = tuple(f"input {name!r} is read by no node of the workflow" for name in unread)
+        warnings += missing_inputs(prepared.linked, values)
         for text in warnings:
             _log.warning("%s; inputs given: %s", text, ", ".join(values))
         pool = self._pool_of(checked.spec, submitted_s)

@@ -244,7 +244,7 @@ def _validated_outputs(comfy: HeadlessComfy, job_id: str, prompt: Workflow) -> l
     if inspect.isawaitable(answer):
         answer = asyncio.run(_awaited(answer))
     _, error, outputs, node_errors = answer
-    refuse_invalid(error, node_errors or {}, prompt, classes)
+    refuse_invalid(error, node_errors or {}, prompt, classes, comfy.not_loaded)
     return sorted(outputs, key=list(prompt).index)  # ComfyUI gives a set's order, another one in each process
 
 

@@ -42,8 +42,11 @@ def refuse_invalid(
     node_errors: Mapping[str, Any],
     prompt: Mapping[str, Mapping[str, Any]],
     classes: Mapping[str, Any],
+    not_loaded: Sequence[str] = (),
 ) -> None:
     """Raise InvalidWorkflow for what ComfyUI's validation answered, if it found any fault.
+
+    ``not_loaded``: custom nodes without which a class may be missing.
 
     Also where some outputs could still run: ComfyUI would leave the others out.
     """
@@ -53,7 +56,7 @@ def refuse_invalid(
         for reason in found["errors"]
     ]
     if not problems and error is not None:
-        problems = [_prompt_problem(error, prompt, classes)]
+        problems = [_prompt_problem(error, prompt, classes, not_loaded)]
     refuse(problems)
 
 
@@ -65,7 +68,10 @@ def _node_problem(node_id: str, class_type: str, reason: Mapping[str, Any]) -> P
 
 
 def _prompt_problem(
-    error: Mapping[str, Any], prompt: Mapping[str, Mapping[str, Any]], classes: Mapping[str, Any]
+    error: Mapping[str, Any],
+    prompt: Mapping[str, Mapping[str, Any]],
+    classes: Mapping[str, Any],
+    not_loaded: Sequence[str],
 ) -> Problem:
     kind, text, detail = str(error["type"]), str(error["message"]), str(error.get("details", ""))
     if kind == "prompt_no_outputs":
@@ -73,6 +79,8 @@ def _prompt_problem(
     node_id = next((key for key, node in prompt.items() if node.get("class_type") not in classes), None)
     if node_id is None:
         return Problem(kind, f"{text}: {detail}" if detail else text)
+    if not_loaded:
+        text += f" (these custom nodes did not load in the worker: {'; '.join(not_loaded)})"
     return Problem(kind, text, node_id, str(prompt[node_id].get("class_type")))
 
 

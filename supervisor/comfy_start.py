@@ -57,6 +57,7 @@ class HeadlessComfy:
     executor: Any
     relay: Relay
     versions: dict[str, str]
+    not_loaded: tuple[str, ...]
     _main: Any
     _loop: asyncio.AbstractEventLoop
     _thread: threading.Thread
@@ -149,6 +150,7 @@ def _start(root: Path, temp: _Temp) -> HeadlessComfy:
     if hasattr(execution, "format_value"):
         execution.format_value = describe_value  # str() of a large tensor takes long, and says less
 
+    not_loaded = _watch_custom_nodes(nodes)
     main.prompt_worker = _no_work
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -172,6 +174,7 @@ def _start(root: Path, temp: _Temp) -> HeadlessComfy:
         executor=executor,
         relay=relay,
         versions=_versions(),
+        not_loaded=tuple(not_loaded),
         _main=main,
         _loop=loop,
         _thread=thread,
@@ -260,6 +263,40 @@ def _silence(prompt_server: Any, relay: Relay) -> None:
     prompt_server.send_sync = send_sync
     prompt_server.queue_updated = ignore
     prompt_server.add_routes = ignore  # the page's files, which need not be there; decorated routes are kept
+
+
+class _Said(logging.Handler):
+    """Keeps the last line that was logged."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = record.getMessage().strip().splitlines()
+        self.last = lines[-1][:500] if lines else self.last
+
+
+def _watch_custom_nodes(nodes: Any) -> list[str]:
+    """What custom nodes will not have loaded, and what was logged of each; ComfyUI goes on without them."""
+    failed: list[str] = []
+    said = _Said()
+    load = getattr(nodes, "load_custom_node", None)
+    if not callable(load):
+        return failed
+
+    async def watched(module_path: str, *args: Any, **named: Any) -> Any:
+        said.last = ""
+        logging.getLogger().addHandler(said)
+        try:
+            loaded = await cast("Any", load)(module_path, *args, **named)
+        finally:
+            logging.getLogger().removeHandler(said)
+        if not loaded and named.get("module_parent", "custom_nodes") == "custom_nodes":
+            name = os.path.basename(module_path)
+            failed.append(f"{name}: {said.last}" if said.last else name)
+        return loaded
+
+    nodes.load_custom_node = watched
+    return failed
 
 
 def _no_work(*_args: object) -> None:

@@ -31,6 +31,7 @@ from legion_shm.errors import InvalidWorkflow, JobCancelled, LegionError
 from legion_shm.supervisor.engine import EngineEvents, EngineInfo, JobOutcome, JobRequest
 from legion_shm.supervisor.graph_cache import GraphCache, Signature, sign_plan
 from legion_shm.supervisor.graph_call import AsyncRunner, BadResult, NodeResult, call_broadcast, read_results
+from legion_shm.supervisor.graph_images import check_images
 from legion_shm.supervisor.graph_modules import load_node_classes
 from legion_shm.supervisor.graph_protocol import NodeClass, PlannedNode
 from legion_shm.supervisor.graph_report import node_failure
@@ -301,6 +302,7 @@ class _Run:
             trial = None if self._is_known(node) else Trial(inputs)
             if trial is not None:
                 inputs = trial.values
+            check_images(node.node_class, inputs)
             watch = Watch(inputs)
             node_object = self._cache.node_object(node)
             function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))

@@ -12,12 +12,13 @@ import importlib.util
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-from legion_shm.errors import ConfigError
+from legion_shm.errors import ConfigError, LegionError, StartupError
 from legion_shm.supervisor.graph_protocol import NodeClass, class_problem
 
 __all__ = ["load_node_classes", "load_node_module"]
@@ -31,19 +32,39 @@ def load_node_classes(
 ) -> dict[str, NodeClass]:
     """Every class of ``builtin``, then of ``modules``, by class name. A later one replaces an earlier one.
 
-    Raises ConfigError where a module is not there or holds no node classes, and whatever a module raises
-    while it is imported.
+    Raises ConfigError where a module is not there or holds no node classes, and StartupError where one
+    raises while it is imported.
     """
     classes: dict[str, NodeClass] = {}
     origin: dict[str, str] = {}
     for source in [*builtin, *modules]:
         shown = os.fspath(source)
-        for name, node_class in _classes_of(load_node_module(source), shown).items():
+        for name, node_class in _classes_of(_loaded(source, shown), shown).items():
             if name in classes and classes[name] is not node_class:
                 _log.warning("node class %s of %s replaces the one of %s", name, shown, origin[name])
             classes[name] = node_class
             origin[name] = shown
     return classes
+
+
+def _loaded(source: str | os.PathLike[str], shown: str) -> ModuleType:
+    """The module, or StartupError that names it and shows the frames that are its own."""
+    try:
+        return load_node_module(source)
+    except LegionError:
+        raise
+    except Exception as error:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename not in (__file__, os.path.realpath(__file__))
+            and not frame.filename.startswith("<frozen importlib")
+            and frame.filename != importlib.__file__
+        ]
+        told = "".join([*traceback.format_list(frames), *traceback.format_exception_only(type(error), error)])
+        raise StartupError(
+            f"the node module {shown} cannot be imported: {type(error).__name__}: {error}\n{told.rstrip()}"
+        ) from error
 
 
 def load_node_module(source: str | os.PathLike[str]) -> ModuleType:
@@ -56,9 +77,12 @@ def load_node_module(source: str | os.PathLike[str]) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing and (text == missing or text.startswith(missing + ".")):
+            near = next((path for path in (f"./{text}.py", f"./{text}") if Path(path).exists()), None)
             raise ConfigError(
-                f"{_KEY}: no module named {text!r} can be imported; name an importable module, or give the "
-                "path of a .py file or of a package's directory (its folder may be added by python_path)",
+                f"{_KEY}: no module named {text!r} can be imported; "
+                + (f"did you mean {near}? Or " if near else "")
+                + "name an importable module, or give the path of a .py file or of a package's directory "
+                "(its folder may be added by python_path)",
                 key=_KEY,
             ) from None
         raise

@@ -281,10 +281,11 @@ class Inbox:
 
     def _ended(self, worker: WorkerIO, message: JobFailedReply | JobCancelledReply, now: float) -> None:
         self.output(worker, now)
-        if self._running(worker, message.job, message.attempt) is None:
+        submission = self._running(worker, message.job, message.attempt)
+        if submission is None:
             return
         outcome: TerminalState = "failed" if isinstance(message, JobFailedReply) else "cancelled"
-        error = error_from(message, worker.id)
+        error = error_from(message, worker.id, submission.warnings)
         self._handle(JobReplied(worker.id, message.job, message.attempt, outcome, error), now)
 
 

@@ -38,8 +38,10 @@ def readable(text: str, limit: int = TEXT_MAX) -> str:
     return text
 
 
-def error_from(message: JobFailedReply | JobCancelledReply, worker: str) -> LegionError:
-    """The error that the job's caller sees."""
+def error_from(
+    message: JobFailedReply | JobCancelledReply, worker: str, warnings: tuple[str, ...] = ()
+) -> LegionError:
+    """The error that the job's caller sees. ``warnings``: what was odd about the job as it was submitted."""
     if isinstance(message, JobCancelledReply):
         return JobCancelled(f"job {message.job} was cancelled in worker {worker}", job_id=message.job)
     text = readable(message.message)
@@ -59,7 +61,9 @@ def error_from(message: JobFailedReply | JobCancelledReply, worker: str) -> Legi
     inputs = readable(message.inputs_summary)
     summary = "".join(f"\n  {line}" for line in inputs.splitlines())
     return JobFailed(
-        text + (f"\n  with the inputs{summary}" if summary else ""),
+        text
+        + (f"\n  with the inputs{summary}" if summary else "")
+        + "".join(f"\n  note: {warning}" for warning in warnings),
         job_id=message.job,
         node_id=message.node_id,
         class_type=message.class_type,

@@ -112,7 +112,8 @@ def test_a_name_delivered_twice_is_an_invalid_workflow(harness: Harness, second:
 
 
 def test_without_any_exporter_there_are_no_outputs(harness: Harness) -> None:
-    outcome = harness.run({"1": node("LegionImporter"), "2": node("PreviewImage", images=["1", 0])})
+    prompt = {"1": node("LegionImporter"), "2": node("PreviewImage", images=["1", 0])}
+    outcome = harness.run(prompt, {"input_1": torch.zeros(1, 2, 2, 3)})
     assert outcome.outputs == {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,40 @@ def test_invalid_yaml_and_a_wrong_path_are_errors_that_say_where(comfy: ComfySer
     error = comfy.fail(prompt)
     assert error["node_id"] == "master"
     assert "/nowhere is not a ComfyUI" in error["exception_message"]
+
+
+def test_a_worker_that_never_gets_ready_is_one_clear_error_and_the_next_run_works(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    prompt = master_flow(tmp_path, seed=17, workflow_text=text(worker_flow()))
+    prompt["config"]["inputs"]["config_yaml"] = yaml() + "execution.env_vars.WHO: late\n"
+    prompt["config"]["inputs"]["startup_timeout"] = 1
+    error = comfy.fail(prompt)
+    assert error["node_id"] == "master"
+    assert "StartupTimeout" in error["exception_type"]
+    assert "startup_timeout_s = 1" in error["exception_message"]
+    comfy.run(master_flow(tmp_path, seed=18, workflow_text=text(worker_flow())))
+
+
+def test_a_custom_node_that_is_broken_in_the_worker_is_named_and_the_next_run_works(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    pack = comfy.base / "custom_nodes" / "broken_pack"
+    pack.mkdir()
+    (pack / "__init__.py").write_text("raise RuntimeError('broken on purpose')\n")
+    broken = yaml() + "execution.env_vars.WHO: broken\n"
+    try:
+        prompt = master_flow(tmp_path, seed=19, workflow_text=text(worker_flow(("FromBrokenPack", {}))))
+        prompt["config"]["inputs"]["config_yaml"] = broken
+        error = comfy.fail(prompt)
+        assert error["node_id"] == "master"
+        assert "FromBrokenPack" in error["exception_message"]
+        assert "did not load in the worker: broken_pack: " in error["exception_message"]
+        assert "broken on purpose" in error["exception_message"]
+        prompt["master"]["inputs"]["workflow_text"] = text(worker_flow())
+        comfy.run(prompt)
+    finally:
+        shutil.rmtree(pack)
 
 
 def test_two_background_campaigns_overlap_and_join_all_gets_both(comfy: ComfyServer, tmp_path: Path) -> None:

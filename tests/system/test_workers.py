@@ -16,6 +16,8 @@ from legion_shm import (
     InvalidWorkflow,
     Job,
     JobCancelled,
+    JobFailed,
+    LogEvent,
     Supervisor,
     SupervisorClosed,
     WorkerLost,
@@ -130,6 +132,26 @@ def test_free_waits_for_no_worker_that_has_died(legion: Supervisor, tmp_path: Pa
     timer.join()
     with pytest.raises(WorkerLost):
         job.result(timeout=20)
+
+
+def test_an_input_that_a_node_is_linked_to_and_was_not_given_is_told_of(legion: Supervisor) -> None:
+    prompt = flow("ImageInvert")
+    prompt["node"]["inputs"] = {"image": ["in", 2]}
+    job = legion.submit(prompt, inputs=[1], spec=spec())
+    with pytest.raises(JobFailed, match=r"input image: expected an IMAGE.*got nothing") as failed:
+        job.result(timeout=30)
+    assert "'input_3' was not given: node node (ImageInvert), input image" in str(failed.value)
+    assert any(
+        "'input_3' was not given" in event.text for event in job.events() if isinstance(event, LogEvent)
+    )
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), 5])
+def test_a_built_in_node_names_the_input_that_is_no_image(legion: Supervisor, image: object) -> None:
+    prompt = flow("ImageInvert")
+    prompt["node"]["inputs"] = {"image": ["in", 0]}
+    with pytest.raises(JobFailed, match=r"node node \(ImageInvert\).*input image: expected an IMAGE"):
+        legion.submit(prompt, inputs=[image], spec=spec()).result(timeout=30)
 
 
 def test_targets_choose_the_output_nodes_that_run(legion: Supervisor) -> None:
