@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from legion_shm.supervisor.api import Supervisor
     from legion_shm.supervisor.freeing import FreedMemory
     from legion_shm.supervisor.job import Job
+    from legion_shm.supervisor.remote import RemoteHandle
     from legion_shm.supervisor.result import JobStats, Result, Transfer
     from legion_shm.supervisor.state import WorkerInfo
     from legion_shm.transport.codec_registry import ValueType, register_codec
@@ -89,6 +90,7 @@ __all__ = [
     "ProgressEvent",
     "ProtocolError",
     "QueueFull",
+    "RemoteHandle",
     "Result",
     "StaleHandle",
     "StartupError",
@@ -148,6 +150,7 @@ _MODULES = {
     "legion_shm.supervisor.api": ("Supervisor",),
     "legion_shm.supervisor.freeing": ("FreedMemory",),
     "legion_shm.supervisor.job": ("Job",),
+    "legion_shm.supervisor.remote": ("RemoteHandle",),
     "legion_shm.supervisor.result": ("JobStats", "Result", "Transfer"),
     "legion_shm.supervisor.state": ("WorkerInfo",),
     "legion_shm.transport.codec_registry": ("ValueType", "register_codec"),

@@ -289,6 +289,7 @@ class JobKeywords(TypedDict, total=False):
     allow_cpu: bool
     targets: Sequence[str] | None
     extra_data: Mapping[str, object]
+    remote: bool
 
 
 class JobOptions(_Settings):
@@ -299,7 +300,8 @@ class JobOptions(_Settings):
     the worker does not have arrive in the worker's main memory. ``targets`` are ids of output nodes: only
     these are run, and what they are made of; None: all output nodes. ``extra_data`` is ComfyUI's
     ``extra_data``, from which hidden inputs are filled (``extra_pnginfo``, API keys) and ``preview_method``
-    is taken.
+    is taken. With ``remote`` outputs that can't travel stay in the worker, and
+    come as `RemoteHandle`.
     """
 
     title: ClassVar[str] = "submit"
@@ -310,6 +312,7 @@ class JobOptions(_Settings):
     allow_cpu: bool = False
     targets: Sequence[str] | None = None
     extra_data: Mapping[str, object] = Field(default_factory=dict[str, object], repr=False)  # may hold keys
+    remote: bool = False
 
     @field_validator("spec", mode="before")
     @classmethod

@@ -132,6 +132,7 @@ class MasterNode:
             spec=spec,
             deadline_s=configuration.deadline_s,
             retries=configuration.retries,
+            remote=True,
         )
         campaign = Campaign(configuration, job=job, nodes=len(prompt))
         if configuration.asynch:

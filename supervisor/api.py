@@ -38,6 +38,7 @@ from legion_shm.supervisor.feed import JobFeed
 from legion_shm.supervisor.freeing import FreedMemory
 from legion_shm.supervisor.job import Job
 from legion_shm.supervisor.loop import Loop
+from legion_shm.supervisor.remote import RemoteHandle
 from legion_shm.supervisor.resolve import resolve_spec
 from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUpRequested
@@ -45,7 +46,7 @@ from legion_shm.supervisor.submission import Submission
 from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds, check_descriptors
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
-from legion_shm.transport.values import EXTRA_DATA
+from legion_shm.transport.values import EXTRA_DATA, PackedValues
 from legion_shm.workflow import (
     WorkflowCache,
     check_inputs,
@@ -144,7 +145,7 @@ class Supervisor:
 
         ``workflow``: API format, as a dict, a path or JSON text. ``inputs``: a sequence fills the channels
         ``input_1``, ``input_2``, ...; a mapping names them. Options are those of `JobOptions`: ``spec``,
-        ``deadline_s``, ``retries``, ``allow_cpu``, ``targets``, ``extra_data``.
+        ``deadline_s``, ``retries``, ``allow_cpu``, ``targets``, ``extra_data``, ``remote``.
 
         Raises InvalidWorkflow, UnsupportedValue (with the path inside the inputs), ConfigError, QueueFull,
         MessageTooLarge, ArenaFull (after a bounded wait for shared memory), SupervisorClosed.
@@ -169,6 +170,11 @@ class Supervisor:
             if checked.extra_data:
                 values[EXTRA_DATA] = dict(checked.extra_data)
             packed = self._memory.pack(values)
+            try:
+                worker = _only_worker(packed)
+            except UnsupportedValue:
+                self._memory.discard_values(packed.values)
+                raise
             size = len(prepared.data) + sum(len(value[1]) for value in packed.values) + _FRAME_SLACK_BYTES
             if size > self.settings.max_message_bytes:
                 self._memory.discard_values(packed.values)
@@ -191,6 +197,7 @@ class Supervisor:
             submitted_s=submitted_s,
             encoded_s=monotonic_s(),
             warnings=warnings,
+            worker=worker,
         )
         with self._lock:
             if self._closed:
@@ -351,6 +358,19 @@ class Supervisor:
             raise SupervisorClosed("this Supervisor has been closed; make a new one")
         if self._loop.fault is not None:
             raise SupervisorClosed(f"this Supervisor has failed: {self._loop.fault!r}")
+
+
+def _only_worker(packed: PackedValues) -> str | None:
+    """The worker whose objects are among the inputs."""
+    handles = [item for item in packed.noted if isinstance(item, RemoteHandle)]
+    workers = {handle.worker_id for handle in handles}
+    if len(workers) > 1:
+        raise UnsupportedValue(
+            f"the inputs hold handles of objects in several workers: {', '.join(map(repr, handles))}; "
+            "a job runs in one",
+            path="inputs",
+        )
+    return workers.pop() if workers else None
 
 
 def _choose_channel(settings: SupervisorSettings) -> ChannelKind:

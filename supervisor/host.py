@@ -262,6 +262,7 @@ class _Host:
             if isinstance(reply, JobDone):
                 self._send(NodeNotes(reply.job, reply.attempt, reply.rows))
                 self._send(Released(reply.released))
+                self._memory.remotes.drop(reply.remotes)
             self._send(failure_reply(message, error))
         else:
             self._memory.result_sent(message.job)
@@ -291,7 +292,9 @@ class _Host:
                     os._exit(1)  # a node forked, and its child came back here: the sockets are not its own
             del request
             executed_us = _now_us()
-            values = self._memory.encode_outputs(message.job, outcome.outputs, outcome.report)
+            values = self._memory.encode_outputs(
+                message.job, outcome.outputs, outcome.report, remote=message.remote
+            )
             counts = (outcome.executed, outcome.cached)
             del outcome  # what the job held is given back together with its result
             with self._jobs_lock:  # what the control thread has in hand goes first
@@ -307,6 +310,7 @@ class _Host:
                 _now_us(),
                 *counts,
                 () if notes is None else notes.rows,
+                self._memory.remotes.take_exported(),
             )
         except JobCancelled:
             return JobCancelledReply(message.job, message.attempt)

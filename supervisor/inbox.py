@@ -23,7 +23,14 @@ from legion_shm.supervisor.master_memory import MasterMemory
 from legion_shm.supervisor.processes import Processes
 from legion_shm.supervisor.replies import error_from, readable, stats_from
 from legion_shm.supervisor.result import Delivery
-from legion_shm.supervisor.stimuli import HeartbeatSeen, JobReplied, StartFailed, Stimulus, WorkerReady
+from legion_shm.supervisor.stimuli import (
+    HeartbeatSeen,
+    JobReplied,
+    RemotesChanged,
+    StartFailed,
+    Stimulus,
+    WorkerReady,
+)
 from legion_shm.supervisor.submission import Submission
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.channel import ServerChannel
@@ -42,6 +49,7 @@ from legion_shm.transport.messages import (
     ProgressNote,
     Ready,
     Released,
+    RemotesDropped,
     SegmentRequest,
     SegmentRetired,
 )
@@ -262,8 +270,12 @@ class Inbox:
         submission = self._running(worker, message.job, message.attempt)
         if submission is None:
             self._lending.refuse_result(worker, message)
+            if message.remotes:
+                self._processes.send(worker, RemotesDropped(message.remotes))
             return
         self._lending.take_result(worker, message)
+        if message.remotes:
+            self._handle(RemotesChanged(worker.id, len(message.remotes)), now)
         _emit_rows(submission, message, now)
         if faults.hit is not None:
             faults.hit("inbox.after_leases")
@@ -275,7 +287,11 @@ class Inbox:
             now=now,
         )
         submission.delivery = Delivery(
-            message.values, stats, self._memory, allow_cpu=submission.options.allow_cpu
+            message.values,
+            stats,
+            self._memory,
+            allow_cpu=submission.options.allow_cpu,
+            remotes=message.remotes,
         )
         self._handle(JobReplied(worker.id, message.job, message.attempt, "done", None), now)
 

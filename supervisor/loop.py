@@ -41,6 +41,7 @@ from legion_shm.supervisor.stimuli import (
     CloseRequested,
     JobSubmitted,
     PoolDefined,
+    RemotesChanged,
     Stalled,
     StartFailed,
     Stimulus,
@@ -51,7 +52,7 @@ from legion_shm.supervisor.submission import Submission
 from legion_shm.supervisor.worker_io import WorkerIO, describe_exit
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.handles import BlockHandle
-from legion_shm.transport.messages import Free
+from legion_shm.transport.messages import Free, RemotesDropped
 from legion_shm.transport.runtime_dir import RuntimeDir
 from legion_shm.transport.segment import SegmentKind
 
@@ -94,6 +95,7 @@ class Loop:
             segment_added=self._own_segment_added,
             segments_retired=self._own_segments_retired,
             resident=self._resident,
+            remotes_dropped=self._remotes_dropped,
         )
         self._lending = Lending(settings, self.memory, self._processes, self._helpers, self.post)
         self._inbox = Inbox(
@@ -203,6 +205,9 @@ class Loop:
     def _resident(self, handle: BlockHandle) -> None:
         self.post(lambda now: self._lending.resident(handle))
 
+    def _remotes_dropped(self, worker: str, numbers: tuple[int, ...]) -> None:
+        self.post(partial(self._drop_remotes, worker, numbers))
+
     # --- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -262,7 +267,15 @@ class Loop:
         for text in submission.warnings:
             feed.emit(partial(_warning, text), now)
         deadline_s = None if options.deadline_s is None else submission.submitted_s + options.deadline_s
-        self._handle(JobSubmitted(submission.job, submission.pool, deadline_s, options.retries), now)
+        self._handle(
+            JobSubmitted(submission.job, submission.pool, deadline_s, options.retries, submission.worker), now
+        )
+
+    def _drop_remotes(self, worker: str, numbers: tuple[int, ...], now: float) -> None:
+        holder = self._processes.get(worker)
+        if holder is not None:
+            self._processes.send(holder, RemotesDropped(numbers))
+            self._handle(RemotesChanged(worker, -len(numbers)), now)
 
     def _close(self, now: float) -> None:
         self._closing = True

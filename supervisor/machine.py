@@ -29,6 +29,7 @@ from legion_shm.errors import (
     DeadlineExceeded,
     JobCancelled,
     LegionError,
+    UnsupportedValue,
     WorkerLost,
 )
 from legion_shm.events import TerminalState
@@ -46,6 +47,7 @@ from legion_shm.supervisor.stimuli import (
     JobReplied,
     JobSubmitted,
     PoolDefined,
+    RemotesChanged,
     RetryNoted,
     Stalled,
     StartFailed,
@@ -90,6 +92,7 @@ class Machine:
             (HeartbeatSeen, self._heartbeat_seen),
             (JobReplied, self._job_replied),
             (WorkerExited, self._worker_exited),
+            (RemotesChanged, self._remotes_changed),
             (Stalled, self._stalled),
             (Tick, self._tick),
         )
@@ -128,7 +131,7 @@ class Machine:
         )
 
     def _job_submitted(self, event: JobSubmitted, now: float) -> None:
-        job = JobRecord(event.job, event.pool, now, event.deadline_s, event.retries)
+        job = JobRecord(event.job, event.pool, now, event.deadline_s, event.retries, event.worker)
         self.jobs[job.id] = job
         if job.deadline_s is not None:
             self._tables.timed[job.id] = job
@@ -143,8 +146,31 @@ class Machine:
                 job, "failed", self._restarts.remembered(pool.given_up, pool.given_up_until_s - now)
             )
             return
+        if job.only_worker is not None and not self._has_worker(job):
+            return
         pool.queue.append(job.id)
+        pool.pinned += job.only_worker is not None
         self._schedule.pool(pool, now)
+
+    def _has_worker(self, job: JobRecord) -> bool:
+        """Whether the worker that a job must run in is there; else the job has ended."""
+        worker = self.workers.get(job.only_worker or "")
+        if worker is None or worker.state in ("stopping", "dead"):
+            self._tables.resolve(job, "lost", _holder_lost(job))
+            return False
+        if worker.pool != job.pool:
+            text = f"job {job.id}: an input is an object in worker {worker.id}, which is of another spec"
+            error = UnsupportedValue(f"{text}; submit it with the spec of the job that gave the handle")
+            self._tables.resolve(job, "failed", error)
+            return False
+        return True
+
+    def _remotes_changed(self, event: RemotesChanged, now: float) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None:
+            worker.remotes += event.change
+            if not worker.remotes and worker.state == "idle":
+                worker.since_s = now
 
     def _cancel_requested(self, event: CancelRequested, now: float) -> None:
         job = self.jobs.get(event.job)
@@ -156,6 +182,7 @@ class Machine:
         if job.state == "queued":
             pool = self.pools[job.pool]
             pool.queue.remove(job.id)
+            pool.pinned -= job.only_worker is not None
             if not pool.queue:
                 pool.starved_since_s = None
             self._tables.resolve(job, _ended_state(error), error)
@@ -267,6 +294,11 @@ class Machine:
             self._job_lost_its_worker(job, worker, event, now)
         elif not worker.expected or worker.start_error is not None:
             self._restarts.died_without_a_job(pool, worker, event, now)
+        for waiting in [self.jobs[name] for name in pool.queue if pool.pinned]:
+            if waiting.only_worker == worker.id:
+                pool.queue.remove(waiting.id)
+                pool.pinned -= 1
+                self._tables.resolve(waiting, "lost", _holder_lost(waiting))
         if pool.given_up is not None and now < pool.given_up_until_s and not self._tables.alive(pool):
             self._restarts.fail_queue(pool, pool.given_up)
         self._schedule.all_pools(None, now)
@@ -281,7 +313,8 @@ class Machine:
         job.not_begun += not event.begun
         reason = cause_of(worker, event)
         text = f"job {job.id}: worker {worker.id} was lost in attempt {job.attempt}: {reason}"
-        if job.attempt - job.not_begun <= job.retries and job.deaths < POISON_DEATHS:
+        again = job.attempt - job.not_begun <= job.retries and job.only_worker is None
+        if again and job.deaths < POISON_DEATHS:
             job.to("queued")
             job.worker = None
             self.pools[job.pool].queue.appendleft(job.id)
@@ -318,6 +351,15 @@ class Machine:
             if pool.not_before_s and now >= pool.not_before_s:
                 pool.not_before_s = 0.0
                 self._schedule.pool(pool, now)
+
+
+def _holder_lost(job: JobRecord) -> WorkerLost:
+    return WorkerLost(
+        f"job {job.id}: worker {job.only_worker} has ended, and with it the object of a handle among the "
+        "inputs; run the job that made it again",
+        job_id=job.id,
+        worker_id=job.only_worker,
+    )
 
 
 def _ended_state(error: LegionError) -> TerminalState:

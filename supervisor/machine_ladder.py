@@ -30,7 +30,7 @@ class Ladder:
             yield worker.since_s + pool.startup_timeout_s
         elif worker.stage == "none":
             yield worker.last_seen_s + self._limits.heartbeat_timeout_s
-        if worker.state == "idle" and pool.idle_timeout_s is not None:
+        if worker.state == "idle" and pool.idle_timeout_s is not None and not worker.remotes:
             yield worker.since_s + pool.idle_timeout_s
 
     def judge(self, worker: WorkerRecord, now: float) -> None:
@@ -64,6 +64,7 @@ class Ladder:
         elif (
             worker.state == "idle"
             and pool.idle_timeout_s is not None
+            and not worker.remotes
             and now >= worker.since_s + pool.idle_timeout_s
         ):
             worker.expected = True

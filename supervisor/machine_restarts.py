@@ -91,6 +91,7 @@ class Restarts:
         return again
 
     def fail_queue(self, pool: PoolRecord, error: StartupError) -> None:
+        pool.pinned = 0
         while pool.queue:
             self._tables.resolve(self._tables.jobs[pool.queue.popleft()], "failed", copy.copy(error))
 

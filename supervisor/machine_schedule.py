@@ -5,6 +5,8 @@ Part of the machine: pure, time comes in as an argument. Rules 2 and 6 of machin
 
 from __future__ import annotations
 
+from itertools import islice
+
 from legion_shm.ids import new_worker_id
 from legion_shm.supervisor.machine_ladder import Ladder
 from legion_shm.supervisor.machine_tables import Limits, Tables
@@ -50,7 +52,7 @@ class Schedule:
             return
         if not any(other is not pool and _turn_has_come(other, now) for other in self._tables.pools.values()):
             return
-        idle = [worker for worker in self._tables.alive(pool) if worker.state == "idle"]
+        idle = [w for w in self._tables.alive(pool) if w.state == "idle" and not w.remotes]
         if idle:
             idle[0].expected = True
             idle[0].reason = "it made room for another spec, whose turn had come"
@@ -67,9 +69,10 @@ class Schedule:
             if not pool.queue:
                 break
             if worker.state == "idle":
-                self._send(worker, self._tables.jobs[pool.queue.popleft()])
+                self._send_next(worker, pool)
         starting = sum(1 for worker in alive if worker.state == "starting")
-        wanted = min(pool.max_workers, max(pool.target, len(alive) + max(0, len(pool.queue) - starting)))
+        waiting = len(pool.queue) - pool.pinned
+        wanted = min(pool.max_workers, max(pool.target, len(alive) + max(0, waiting - starting)))
         if pool.given_up is not None:
             if now < pool.given_up_until_s:
                 return
@@ -95,7 +98,10 @@ class Schedule:
         idle = [
             w
             for w in self._tables.workers.values()
-            if w.state == "idle" and w.pool != pool.key and not self._tables.pools[w.pool].queue
+            if w.state == "idle"
+            and w.pool != pool.key
+            and not w.remotes
+            and not self._tables.pools[w.pool].queue
         ]
         if not idle or not pool.queue:
             return
@@ -105,6 +111,17 @@ class Schedule:
         other = self._tables.pools[victim.pool]
         other.target = max(0, other.target - 1)
         self._ladder.ask_stop(victim, now)
+
+    def _send_next(self, worker: WorkerRecord, pool: PoolRecord) -> None:
+        """The first job in the queue that may run there; nearly always the first of all."""
+        jobs = self._tables.jobs
+        for place, job_id in enumerate(pool.queue if pool.pinned else islice(pool.queue, 1)):
+            job = jobs[job_id]
+            if job.only_worker in (None, worker.id):
+                del pool.queue[place]
+                pool.pinned -= job.only_worker is not None
+                self._send(worker, job)
+                return
 
     def _send(self, worker: WorkerRecord, job: JobRecord) -> None:
         worker.to("busy")

@@ -11,13 +11,14 @@ import itertools
 import logging
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from legion_shm.errors import ArenaFull
 from legion_shm.ids import new_arena_id
 from legion_shm.supervisor.comfy_values import install_comfy_values
+from legion_shm.supervisor.remote import delivered_types, sending_types
 from legion_shm.supervisor.result import Delivery
 from legion_shm.transport.arena import Arena, ArenaStats, Block
 from legion_shm.transport.attachments import Attachments
@@ -35,7 +36,8 @@ class MasterMemory:
     """The BlockStore of the supervisor's process, and the registry of all segments. Thread-safe.
 
     ``segment_added(arena, segment, nbytes)`` and ``segments_retired(arena, ids)`` hear, in order, what the
-    own arena does; ``resident(handle)`` hears of a block that a tensor of the caller lives in from now on.
+    own arena does; ``resident(handle)`` hears of a block that a tensor of the caller lives in from now on;
+    ``remotes_dropped(worker, numbers)`` hears, from finalizers too, of handles that are gone.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MasterMemory:
         segment_added: Callable[[int, int, int], None],
         segments_retired: Callable[[int, tuple[int, ...]], None],
         resident: Callable[[BlockHandle], None],
+        remotes_dropped: Callable[[str, tuple[int, ...]], None],
     ) -> None:
         install_comfy_values()
         self.inline_max_bytes = inline_max_bytes
@@ -58,6 +61,8 @@ class MasterMemory:
         self._quota_bytes = quota_bytes
         self._segment_added, self._segments_retired = segment_added, segments_retired
         self._resident = resident
+        self.remotes_dropped = remotes_dropped
+        self._types = sending_types(self)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._segments: dict[int, dict[int, Segment]] = {}
@@ -93,17 +98,33 @@ class MasterMemory:
     # --- values -------------------------------------------------------------------------------------
 
     def pack(self, values: Mapping[str, object]) -> PackedValues:
-        return pack(values, self)
+        return pack(values, self, types=self._types)
 
     def discard_values(self, values: Values) -> None:
         discard(values, self)
 
-    def unpack(self, values: Values, allow_cpu: bool) -> dict[str, object]:
-        return unpack(values, self, give_back=self._returned.append, allow_cpu=allow_cpu)
+    def unpack(
+        self, values: Values, allow_cpu: bool, worker: str, remotes: tuple[int, ...]
+    ) -> dict[str, object]:
+        give_back = self._returned.append
+        if not remotes:
+            return unpack(values, self, give_back=give_back, allow_cpu=allow_cpu)
+        left = Counter(remotes)
+        types = delivered_types(self, worker, left, self.remotes_dropped)
+        try:
+            return unpack(values, self, give_back=give_back, allow_cpu=allow_cpu, types=types)
+        finally:
+            unused = tuple(left.elements())
+            if unused:
+                self.remotes_dropped(worker, unused)
 
-    def give_back(self, handles: tuple[BlockHandle, ...]) -> None:
+    def give_back(
+        self, handles: tuple[BlockHandle, ...], worker: str = "", remotes: tuple[int, ...] = ()
+    ) -> None:
         """Deliveries that nobody will decode. Called by finalizers: takes no lock."""
         self._returned.extend(handles)
+        if remotes:
+            self.remotes_dropped(worker, remotes)
 
     def expect(self, delivery: Delivery) -> None:
         """A result that somebody may read late, after `close` even."""

@@ -88,6 +88,7 @@ class Orders:
             submission.packed.values,
             freed,
             submission.options.allow_cpu,
+            submission.options.remote,
         )
         try:
             self._processes.send(worker, message)

@@ -133,9 +133,13 @@ class Result(Mapping[str, Any]):
 class Decoder(Protocol):
     """The supervisor's memory, as far as a result needs it."""
 
-    def unpack(self, values: Values, allow_cpu: bool) -> dict[str, object]: ...
+    def unpack(
+        self, values: Values, allow_cpu: bool, worker: str, remotes: tuple[int, ...]
+    ) -> dict[str, object]: ...
 
-    def give_back(self, handles: tuple[BlockHandle, ...]) -> None: ...
+    def give_back(
+        self, handles: tuple[BlockHandle, ...], worker: str = "", remotes: tuple[int, ...] = ()
+    ) -> None: ...
 
     def expect(self, delivery: Delivery) -> None: ...
 
@@ -146,13 +150,21 @@ class Delivery:
     ``decoder`` hears of it, and calls `settle` before it closes: a result may be read after that too.
     """
 
-    def __init__(self, values: Values, stats: JobStats, decoder: Decoder, *, allow_cpu: bool) -> None:
+    def __init__(
+        self,
+        values: Values,
+        stats: JobStats,
+        decoder: Decoder,
+        *,
+        allow_cpu: bool,
+        remotes: tuple[int, ...] = (),
+    ) -> None:
         self._values, self._stats, self._decoder = values, stats, decoder
-        self._allow_cpu = allow_cpu
+        self._allow_cpu, self._remotes = allow_cpu, remotes
         self._lock = threading.Lock()
         self._decoded: Result | LegionError | None = None
         handles = tuple(handle for value in values for handle in value[2])
-        self._finalizer = weakref.finalize(self, decoder.give_back, handles)
+        self._finalizer = weakref.finalize(self, decoder.give_back, handles, stats.worker_id, remotes)
         self._finalizer.atexit = False
         decoder.expect(self)
 
@@ -170,7 +182,9 @@ class Delivery:
                 started_s = monotonic_s()
                 self._finalizer.detach()
                 try:
-                    outputs = self._decoder.unpack(self._values, self._allow_cpu)
+                    outputs = self._decoder.unpack(
+                        self._values, self._allow_cpu, self._stats.worker_id, self._remotes
+                    )
                 except LegionError as error:
                     self._decoded = error.with_traceback(None)
                     return

@@ -61,7 +61,8 @@ class IllegalTransition(AssertionError):
 class JobRecord:
     """A job that has not ended. ``end_error`` is what an ``ending`` job will end with.
 
-    ``not_begun`` counts the attempts whose workers died before they looked at the job.
+    ``only_worker`` is where it must run, if not anywhere. ``not_begun`` counts the attempts whose workers
+    died before they looked at the job.
     """
 
     id: str
@@ -69,6 +70,7 @@ class JobRecord:
     submitted_s: float
     deadline_s: float | None
     retries: int
+    only_worker: str | None = None
     state: JobState = "queued"
     attempt: int = 0
     deaths: int = 0
@@ -84,7 +86,7 @@ class JobRecord:
 
 @dataclass
 class WorkerRecord:
-    """A worker process that has not been seen to end."""
+    """A worker process that has not been seen to end. ``remotes`` handles of its objects are held."""
 
     id: str
     pool: str
@@ -93,6 +95,7 @@ class WorkerRecord:
     state: WorkerState = "starting"
     job: str | None = None
     jobs_done: int = 0
+    remotes: int = 0
     stage: StopStage = "none"
     stage_until_s: float | None = None
     expected: bool = False
@@ -110,10 +113,10 @@ class WorkerRecord:
 class PoolRecord:
     """The workers of equal specs and the jobs that wait for one of them.
 
-    ``target`` is how many workers should live; ``deaths`` counts those that died in a row without a
-    job being done in between; ``given_up`` is set while the pool does not start workers any more;
-    ``starved_since_s`` while it has jobs and no worker, for want of room; ``start_took_s`` is how long its
-    last worker took to get ready.
+    ``pinned`` counts the jobs in the queue that must run in one certain worker. ``target`` is how many
+    workers should live; ``deaths`` counts those that died in a row without a job being done in between;
+    ``given_up`` is set while the pool does not start workers any more; ``starved_since_s`` while it has
+    jobs and no worker, for want of room; ``start_took_s`` is how long its last worker took to get ready.
     """
 
     key: str
@@ -122,6 +125,7 @@ class PoolRecord:
     idle_timeout_s: float | None
     max_jobs_per_life: int | None
     queue: deque[str] = field(default_factory=deque[str])
+    pinned: int = 0
     workers: list[str] = field(default_factory=list[str])
     target: int = 0
     deaths: int = 0

@@ -18,6 +18,7 @@ __all__ = [
     "JobReplied",
     "JobSubmitted",
     "PoolDefined",
+    "RemotesChanged",
     "ResolveJob",
     "RetryNoted",
     "SendJob",
@@ -55,6 +56,8 @@ class JobSubmitted:
     deadline_s: float | None
     """Absolute, monotonic."""
     retries: int
+    worker: str | None = None
+    """The one that it must run in, for an object of its own is among the inputs."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,14 @@ class WorkerExited:
 
 
 @dataclass(frozen=True)
+class RemotesChanged:
+    """So many more (or fewer) handles of a worker's objects are held."""
+
+    worker: str
+    change: int
+
+
+@dataclass(frozen=True)
 class Stalled:
     """The supervisor itself did not run for a while, so silence proves nothing."""
 
@@ -145,6 +156,7 @@ Stimulus = (
     | HeartbeatSeen
     | JobReplied
     | WorkerExited
+    | RemotesChanged
     | Stalled
     | Tick
 )

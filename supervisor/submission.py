@@ -26,5 +26,6 @@ class Submission:
     submitted_s: float
     encoded_s: float
     warnings: tuple[str, ...] = ()
+    worker: str | None = None
     sent_s: float = 0.0
     delivery: Delivery | None = None

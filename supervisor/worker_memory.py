@@ -17,14 +17,17 @@ from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ArenaFull, ProtocolError
 from legion_shm.supervisor.comfy_values import install_comfy_values
+from legion_shm.supervisor.remote import RemoteObjects
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
+from legion_shm.transport.codec import VALUE_TYPES
 from legion_shm.transport.fdpass import SegmentReceiver
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import (
     BlocksFreed,
     Message,
+    RemotesDropped,
     ResultAccepted,
     SegmentAnnounced,
     SegmentGranted,
@@ -76,6 +79,7 @@ class WorkerMemory:
         self._returned: deque[BlockHandle] = deque()
         self._kept: dict[str, PackedValues] = {}
         self._idle_since_s: float | None = None
+        self.remotes = RemoteObjects(config.worker)
 
     # --- the BlockStore that the codec sees ---------------------------------------------------------
 
@@ -98,20 +102,39 @@ class WorkerMemory:
         self, values: Values, *, allow_cpu: bool
     ) -> tuple[dict[str, object], dict[str, bytes | None]]:
         """Inputs by name, as views, and what a cache may know each by."""
-        inputs = unpack(values, self, give_back=self._returned.append, allow_cpu=allow_cpu)
+        inputs = unpack(
+            values,
+            self,
+            give_back=self._returned.append,
+            allow_cpu=allow_cpu,
+            types=self.remotes.receiving,
+        )
         return inputs, {name: identity for name, _, _, _, identity, _ in values}
 
     def encode_outputs(
-        self, job: str, outputs: Mapping[str, object], ui: Mapping[str, Mapping[str, object]]
+        self,
+        job: str,
+        outputs: Mapping[str, object],
+        ui: Mapping[str, Mapping[str, object]],
+        *,
+        remote: bool = False,
     ) -> Values:
-        """All outputs, then what nodes reported, if any, as a value named `REPORT`; kept until accepted."""
-        packed = pack(outputs, self)
+        """All outputs, then what nodes reported, if any, as a value named `REPORT`; kept until accepted.
+
+        With ``remote``, what can't travel is kept for good, and ``remotes.take_exported`` tells of it.
+        """
+        try:
+            packed = pack(outputs, self, types=self.remotes.sending if remote else VALUE_TYPES)
+        except BaseException:
+            self.remotes.drop(self.remotes.take_exported())
+            raise
         if not ui:
             self._kept[job] = packed
             return packed.values
         try:
             report = pack({REPORT: {node: dict(entry) for node, entry in ui.items()}}, self)
         except BaseException:
+            self.remotes.drop(self.remotes.take_exported())
             discard(packed.values, self)
             raise
         values = packed.values + report.values
@@ -136,6 +159,8 @@ class WorkerMemory:
         """A message about memory. Raises ProtocolError for any other."""
         if isinstance(message, BlocksFreed):
             self.freed(message.handles)
+        elif isinstance(message, RemotesDropped):
+            self.remotes.drop(message.numbers)
         elif isinstance(message, ResultAccepted):
             self._kept.pop(message.job, None)
         elif isinstance(message, (SegmentGranted, SegmentRefused)):

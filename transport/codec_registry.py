@@ -63,10 +63,8 @@ class ValueTypes:
     ``parent`` is asked first; ``place`` says in errors where something is missing.
     """
 
-    def __init__(
-        self, *value_types: ValueType, parent: ValueTypes | None = None, place: str = "this process"
-    ) -> None:
-        self.place = place
+    def __init__(self, *value_types: ValueType, parent: ValueTypes | None = None, place: str = "") -> None:
+        self._place = place
         self._parent = parent
         self._by_class: dict[type, ValueType] = {}
         self._by_name: dict[str, ValueType] = {}
@@ -75,6 +73,14 @@ class ValueTypes:
         self._found_names: dict[str, ValueType] = {}
         for value_type in value_types:
             self.register(value_type)
+
+    @property
+    def place(self) -> str:
+        return self._place or ("this process" if self._parent is None else self._parent.place)
+
+    @place.setter
+    def place(self, place: str) -> None:
+        self._place = place
 
     def register(self, value_type: ValueType) -> None:
         """Add one. The same one twice is fine; another for its class or its name raises ValueError."""
@@ -107,9 +113,7 @@ class ValueTypes:
         """Raises `LookupError` with a reason where a source refuses the class."""
         found = self.exact(cls) or self._found_classes.get(cls)
         if found is None:
-            found = None if self._parent is None else self._parent.by_class(cls)
-            if found is None:
-                found = self._first(lambda source: source.for_class(cls))
+            found = self._first(lambda source: source.for_class(cls))
             if found is not None:
                 self._found_classes[cls] = found
         return found
@@ -118,16 +122,20 @@ class ValueTypes:
         """Raises `LookupError` with a reason where a source knows the name, and can't have its class here."""
         found = self._by_name.get(name) or self._found_names.get(name)
         if found is None:
-            found = None if self._parent is None else self._parent.by_name(name)
-            if found is None:
-                found = self._first(lambda source: source.for_name(name))
+            found = self._first(lambda source: source.for_name(name), name)
             if found is not None:
                 self._found_names[name] = found
         return found
 
-    def _first(self, ask: Callable[[CodecSource], ValueType | None]) -> ValueType | None:
+    def _first(
+        self, ask: Callable[[CodecSource], ValueType | None], name: str | None = None
+    ) -> ValueType | None:
         reason: LookupError | None = None
-        for source in self._sources:
+        if self._parent is not None and name is not None:
+            registered = self._parent.registered(name)
+            if registered is not None:
+                return registered
+        for source in self._all_sources():
             try:
                 found = ask(source)
             except LookupError as error:  # a later source may know better
@@ -138,6 +146,10 @@ class ValueTypes:
         if reason is not None:
             raise reason
         return None
+
+    def _all_sources(self) -> list[CodecSource]:
+        parent = self._parent
+        return self._sources if parent is None else [*parent._all_sources(), *self._sources]
 
 
 def class_name(cls: type) -> str:

@@ -38,6 +38,7 @@ __all__ = [
     "ProgressNote",
     "Ready",
     "Released",
+    "RemotesDropped",
     "ResultAccepted",
     "RunJob",
     "SegmentAnnounced",
@@ -140,7 +141,8 @@ class JobDone(Message):
 
     ``rows``: what nodes did, as in `NodeNotes`, since the last of these. ``released``: deliveries that ended
     with the job. Times are monotonic microseconds: message received,
-    inputs decoded, nodes run, outputs encoded.
+    inputs decoded, nodes run, outputs encoded. ``remotes``: the numbers of the objects that stay in the
+    worker, once for each time that the values name them.
     """
 
     code = 7
@@ -155,6 +157,7 @@ class JobDone(Message):
     nodes_executed: int
     nodes_cached: int
     rows: NodeRows = ()
+    remotes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,10 @@ class Freed(Message):
 
 @dataclass(frozen=True)
 class RunJob(Message):
-    """``workflow`` is JSON in API format. ``freed``: blocks of the worker's own arena without leases."""
+    """``workflow`` is JSON in API format. ``freed``: blocks of the worker's own arena without leases.
+
+    ``remote``: outputs that can't travel stay in the worker, and their handles go.
+    """
 
     code = 32
     job: str
@@ -250,6 +256,7 @@ class RunJob(Message):
     values: Values
     freed: Handles
     allow_cpu: bool
+    remote: bool = False
 
 
 @dataclass(frozen=True)
@@ -319,6 +326,14 @@ class ResultAccepted(Message):
 
     code = 40
     job: str
+
+
+@dataclass(frozen=True)
+class RemotesDropped(Message):
+    """Handles of the worker's objects that are gone, one entry each."""
+
+    code = 42
+    numbers: tuple[int, ...]
 
 
 HANDLES_MAX = 10_000

@@ -13,10 +13,12 @@ from typing import Any
 
 from legion_shm.errors import ArenaFull, LegionError
 from legion_shm.transport.codec import (
+    VALUE_TYPES,
     BlockStore,
     DevicePolicy,
     EncodedValue,
     TransferStats,
+    ValueTypes,
     decode,
     encode,
     value_identity,
@@ -38,11 +40,15 @@ EXTRA_DATA = "\0extra_data"
 
 @dataclass(frozen=True)
 class PackedValues:
-    """Encoded values. ``keepalive`` must live until the leases on ``blocks`` have been registered."""
+    """Encoded values. ``keepalive`` must live until the leases on ``blocks`` have been registered.
+
+    ``noted`` are the instances in them of classes whose `ValueType` is ``noted``.
+    """
 
     values: Values
     stats: Mapping[str, TransferStats]
     keepalive: tuple[object, ...] = field(repr=False, default=())
+    noted: tuple[object, ...] = field(repr=False, default=())
 
     def handles(self) -> Iterable[tuple[BlockHandle, bool]]:
         """Each block referred to, with whether it is new; one that two values use comes twice."""
@@ -50,7 +56,7 @@ class PackedValues:
             yield from zip(blocks, owned, strict=True)
 
 
-def pack(values: Mapping[str, object], store: BlockStore) -> PackedValues:
+def pack(values: Mapping[str, object], store: BlockStore, *, types: ValueTypes = VALUE_TYPES) -> PackedValues:
     """Encode each value. All or nothing: on any error no new block remains reserved.
 
     Raises UnsupportedValue with the path inside the value, ArenaFull.
@@ -60,7 +66,7 @@ def pack(values: Mapping[str, object], store: BlockStore) -> PackedValues:
     keep: list[EncodedValue] = []
     try:
         for name, value in values.items():
-            encoded = encode(value, store, path=name.lstrip("\0"))
+            encoded = encode(value, store, path=name.lstrip("\0"), types=types)
             keep.append(encoded)
             stats[name] = encoded.stats
             identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
@@ -69,7 +75,8 @@ def pack(values: Mapping[str, object], store: BlockStore) -> PackedValues:
     except BaseException:
         discard(tuple(notes), store)
         raise
-    return PackedValues(tuple(notes), stats, tuple(keep))
+    noted = tuple(item for encoded in keep for item in encoded.noted)
+    return PackedValues(tuple(notes), stats, tuple(keep), noted)
 
 
 def discard(values: Values, store: BlockStore) -> None:
@@ -114,6 +121,7 @@ def unpack(
     *,
     give_back: Callable[[BlockHandle], None],
     allow_cpu: bool,
+    types: ValueTypes = VALUE_TYPES,
 ) -> dict[str, object]:
     """Decode each value. ``give_back`` gets each delivered block that no view was made of.
 
@@ -127,7 +135,7 @@ def unpack(
         for name, tree, blocks, _, _, _ in values:
             viewed = _Viewed(store)
             try:
-                result[name] = decode(tree, blocks, viewed, devices=devices, path=name)
+                result[name] = decode(tree, blocks, viewed, devices=devices, path=name, types=types)
             except (OSError, MemoryError) as error:
                 if isinstance(error, LegionError):
                     raise

@@ -43,6 +43,7 @@ class Rig:
             segment_added=lambda *_: None,
             segments_retired=lambda *_: None,
             resident=lambda _: None,
+            remotes_dropped=lambda worker, numbers: None,
         )
         self.worker = WorkerIO("w1", hostile(), 10)
         self.worker.greeted.update({"job", "control"})

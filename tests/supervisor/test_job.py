@@ -52,17 +52,23 @@ class FakeMemory:
     def __init__(self, error: Exception | None = None) -> None:
         self.unpacked = 0
         self.given_back: list[BlockHandle] = []
+        self.remotes_back: list[int] = []
         self.expected: list[weakref.ref[Delivery]] = []
         self.error = error
 
-    def unpack(self, values: Values, allow_cpu: bool) -> dict[str, object]:
+    def unpack(
+        self, values: Values, allow_cpu: bool, worker: str, remotes: tuple[int, ...]
+    ) -> dict[str, object]:
         self.unpacked += 1
         if self.error is not None:
             raise self.error
         return {"output_1": "an image", REPORT: {"9": {"images": []}}}
 
-    def give_back(self, handles: tuple[BlockHandle, ...]) -> None:
+    def give_back(
+        self, handles: tuple[BlockHandle, ...], worker: str = "", remotes: tuple[int, ...] = ()
+    ) -> None:
         self.given_back.extend(handles)
+        self.remotes_back.extend(remotes)
 
     def expect(self, delivery: Delivery) -> None:
         self.expected.append(weakref.ref(delivery))
