@@ -117,13 +117,14 @@ def _zygote_default() -> Any:
 class WorkerSpec(_Settings):
     """What a worker is. Equal specs share workers; a worker is started on first use.
 
-        ``env`` is set before the worker's interpreter starts, over the environment of this process.
-        ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
-        ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
+    ``env`` is set before the worker's interpreter starts, over the environment of this process.
+    ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
+    ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
     ``sys.path``. A ``python_executable`` other than ours needs legion_shm installed in it.
     ``codec_modules`` are importable names of modules that the worker imports for the classes of values and
-    their codecs (`register_codec`). ``zygote``: whether workers may be forked from a process that has their
-    imports done; see docs/startup.md.
+    their codecs (`register_codec`). Instances of the classes that ``pickle_classes`` names in full, and of
+    no others, may be pickled between the worker and us. ``zygote``: whether workers may be forked from a
+    process that has their imports done; see docs/startup.md.
     """
 
     title: ClassVar[str] = "WorkerSpec"
@@ -131,6 +132,7 @@ class WorkerSpec(_Settings):
     engine: Literal["auto", "graph", "comfy"] = "auto"
     node_modules: Sequence[str] = ()
     codec_modules: Sequence[str] = ()
+    pickle_classes: Sequence[str] = ()
     env: Mapping[str, str] = Field(default_factory=dict[str, str], repr=False)  # may hold secrets
     python_path: Sequence[str] = ()
     python_executable: str | None = None
@@ -147,7 +149,7 @@ class WorkerSpec(_Settings):
 
         def __init__(self, **values: Unpack[WorkerKeywords]) -> None: ...
 
-    @field_validator("node_modules", "codec_modules", "python_path", mode="before")
+    @field_validator("node_modules", "codec_modules", "pickle_classes", "python_path", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         if isinstance(value, (str, os.PathLike)):
@@ -156,12 +158,12 @@ class WorkerSpec(_Settings):
             return tuple(_path_text(item) for item in cast("Sequence[object]", value))
         return value
 
-    @field_validator("codec_modules")
+    @field_validator("codec_modules", "pickle_classes")
     @classmethod
     def _dotted_names(cls, value: Sequence[str]) -> Sequence[str]:
         for name in value:
             if not all(part.isidentifier() for part in name.split(".")):
-                raise ValueError(f"{name!r} is not the name of an importable module, such as my_pack.codecs")
+                raise ValueError(f"{name!r} is not a dotted name, such as my_pack.codecs")
         return value
 
     @field_validator("extra_args", mode="before")

@@ -20,6 +20,7 @@ class WorkerKeywords(TypedDict, total=False):
     engine: Literal["auto", "graph", "comfy"]
     node_modules: _Path | Sequence[_Path]
     codec_modules: _Path | Sequence[_Path]
+    pickle_classes: str | Sequence[str]
     env: Mapping[str, str | int | float] | None
     python_path: _Path | Sequence[_Path]
     python_executable: _Path | None

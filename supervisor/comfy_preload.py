@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -65,7 +64,7 @@ def _custom_node_folders(root: Path, given: GivenArguments) -> Iterator[Path]:
     yield Path(given.value("base_directory") or root) / "custom_nodes"
     configs = [root / "extra_model_paths.yaml"]
     for more in given.value("extra_model_paths_config") or ():
-        configs += [Path(path) for path in (more if isinstance(more, list) else [more])]
+        configs += [Path(path) for path in (cast("list[str]", more) if isinstance(more, list) else [more])]
     for path in configs:
         with contextlib.suppress(OSError, ValueError):
             yield from _folders_in(path)

@@ -42,7 +42,7 @@ from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_io import begun_mark
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
-from legion_shm.transport.codec import RECORDS, VALUE_TYPES
+from legion_shm.transport.codec import RECORDS, VALUE_TYPES, Pickled
 from legion_shm.transport.frames import decode_message, encode_message
 from legion_shm.transport.messages import (
     HANDLES_MAX,
@@ -112,6 +112,8 @@ def _load_codecs(config: HostConfig) -> None:
     """After the engine, so that what a module imports finds it settled."""
     VALUE_TYPES.place = f"worker {config.worker}"
     RECORDS.allow(config.codec_modules)
+    if config.pickle_classes:
+        VALUE_TYPES.add_source(Pickled(config.pickle_classes))
     for module in config.codec_modules:
         importlib.import_module(module)
 

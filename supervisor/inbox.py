@@ -292,6 +292,7 @@ class Inbox:
             self._memory,
             allow_cpu=submission.options.allow_cpu,
             remotes=message.remotes,
+            pickled=tuple(submission.options.spec.pickle_classes),
         )
         self._handle(JobReplied(worker.id, message.job, message.attempt, "done", None), now)
 

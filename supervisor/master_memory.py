@@ -22,6 +22,7 @@ from legion_shm.supervisor.remote import delivered_types, sending_types
 from legion_shm.supervisor.result import Delivery
 from legion_shm.transport.arena import Arena, ArenaStats, Block
 from legion_shm.transport.attachments import Attachments
+from legion_shm.transport.codec import VALUE_TYPES, Pickled, ValueTypes
 from legion_shm.transport.handles import BlockHandle, round_up
 from legion_shm.transport.messages import Values
 from legion_shm.transport.segment import Segment, SegmentKind, create_segment
@@ -62,7 +63,8 @@ class MasterMemory:
         self._segment_added, self._segments_retired = segment_added, segments_retired
         self._resident = resident
         self.remotes_dropped = remotes_dropped
-        self._types = sending_types(self)
+        self._sending: dict[tuple[str, ...], ValueTypes] = {}
+        self._receiving: dict[tuple[str, ...], ValueTypes] = {(): VALUE_TYPES}
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._segments: dict[int, dict[int, Segment]] = {}
@@ -97,20 +99,38 @@ class MasterMemory:
 
     # --- values -------------------------------------------------------------------------------------
 
-    def pack(self, values: Mapping[str, object]) -> PackedValues:
-        return pack(values, self, types=self._types)
+    def pack(self, values: Mapping[str, object], pickled: tuple[str, ...] = ()) -> PackedValues:
+        """``pickled``: the classes whose instances may be pickled."""
+        types = self._sending.get(pickled)
+        if types is None:
+            types = self._sending[pickled] = sending_types(self, self._types(pickled))
+        return pack(values, self, types=types)
+
+    def _types(self, pickled: tuple[str, ...]) -> ValueTypes:
+        types = self._receiving.get(pickled)
+        if types is None:
+            types = ValueTypes(parent=VALUE_TYPES)
+            types.add_source(Pickled(pickled))
+            types = self._receiving.setdefault(pickled, types)
+        return types
 
     def discard_values(self, values: Values) -> None:
         discard(values, self)
 
     def unpack(
-        self, values: Values, allow_cpu: bool, worker: str, remotes: tuple[int, ...]
+        self,
+        values: Values,
+        allow_cpu: bool,
+        worker: str,
+        remotes: tuple[int, ...],
+        pickled: tuple[str, ...] = (),
     ) -> dict[str, object]:
         give_back = self._returned.append
+        types = self._types(pickled)
         if not remotes:
-            return unpack(values, self, give_back=give_back, allow_cpu=allow_cpu)
+            return unpack(values, self, give_back=give_back, allow_cpu=allow_cpu, types=types)
         left = Counter(remotes)
-        types = delivered_types(self, worker, left, self.remotes_dropped)
+        types = delivered_types(self, worker, left, self.remotes_dropped, types)
         try:
             return unpack(values, self, give_back=give_back, allow_cpu=allow_cpu, types=types)
         finally:

@@ -116,6 +116,7 @@ class Processes:
             engine="comfy" if spec.engine == "comfy" else "graph",
             node_modules=tuple(spec.node_modules),
             codec_modules=tuple(spec.codec_modules),
+            pickle_classes=tuple(spec.pickle_classes),
             comfyui_path=spec.comfyui_path,
             extra_args=tuple(spec.extra_args),
             python_path=tuple(spec.python_path),

@@ -74,7 +74,11 @@ def _no_object(_state: object) -> object:
 
 
 def delivered_types(
-    owner: object, worker_id: str, left: Counter[int], dropped: Callable[[str, tuple[int, ...]], None]
+    owner: object,
+    worker_id: str,
+    left: Counter[int],
+    dropped: Callable[[str, tuple[int, ...]], None],
+    parent: ValueTypes = VALUE_TYPES,
 ) -> ValueTypes:
     """A registry that makes handles of the numbers in ``left``, and takes them out there.
 
@@ -90,7 +94,7 @@ def delivered_types(
         weakref.finalize(handle, dropped, worker_id, (number,)).atexit = False
         return handle
 
-    return ValueTypes(ValueType(_NAME, RemoteHandle, _no_object, rebuild), parent=VALUE_TYPES)
+    return ValueTypes(ValueType(_NAME, RemoteHandle, _no_object, rebuild), parent=parent)
 
 
 # --- in the worker ---------------------------------------------------------------------------------------

@@ -134,7 +134,12 @@ class Decoder(Protocol):
     """The supervisor's memory, as far as a result needs it."""
 
     def unpack(
-        self, values: Values, allow_cpu: bool, worker: str, remotes: tuple[int, ...]
+        self,
+        values: Values,
+        allow_cpu: bool,
+        worker: str,
+        remotes: tuple[int, ...],
+        pickled: tuple[str, ...] = (),
     ) -> dict[str, object]: ...
 
     def give_back(
@@ -158,9 +163,10 @@ class Delivery:
         *,
         allow_cpu: bool,
         remotes: tuple[int, ...] = (),
+        pickled: tuple[str, ...] = (),
     ) -> None:
         self._values, self._stats, self._decoder = values, stats, decoder
-        self._allow_cpu, self._remotes = allow_cpu, remotes
+        self._allow_cpu, self._remotes, self._pickled = allow_cpu, remotes, pickled
         self._lock = threading.Lock()
         self._decoded: Result | LegionError | None = None
         handles = tuple(handle for value in values for handle in value[2])
@@ -183,7 +189,11 @@ class Delivery:
                 self._finalizer.detach()
                 try:
                     outputs = self._decoder.unpack(
-                        self._values, self._allow_cpu, self._stats.worker_id, self._remotes
+                        self._values,
+                        self._allow_cpu,
+                        self._stats.worker_id,
+                        self._remotes,
+                        self._pickled,
                     )
                 except LegionError as error:
                     self._decoded = error.with_traceback(None)

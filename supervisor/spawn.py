@@ -91,6 +91,7 @@ class HostConfig:
     engine: Literal["graph", "comfy"]
     node_modules: tuple[str, ...]
     codec_modules: tuple[str, ...]
+    pickle_classes: tuple[str, ...]
     comfyui_path: str | None
     extra_args: tuple[str, ...]
     python_path: tuple[str, ...]

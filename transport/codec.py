@@ -18,10 +18,11 @@ import traceback
 from collections.abc import Sequence
 
 from legion_shm.errors import ProtocolError, UnsupportedValue
-from legion_shm.transport.codec_blocks import discard_all, write_groups
+from legion_shm.transport.codec_blocks import Fresh, discard_all, write_groups
 from legion_shm.transport.codec_builtins import Builtins
 from legion_shm.transport.codec_layout import cluster
 from legion_shm.transport.codec_objects import Records
+from legion_shm.transport.codec_pickle import Pickled
 from legion_shm.transport.codec_plan import Planner
 from legion_shm.transport.codec_plugins import Plugins
 from legion_shm.transport.codec_read import Reader
@@ -53,6 +54,8 @@ __all__ = [
     "DevicePolicy",
     "DeviceResolver",
     "EncodedValue",
+    "Fresh",
+    "Pickled",
     "ReservedBlock",
     "TransferStats",
     "ValueType",
@@ -84,9 +87,11 @@ def encode(
     limits: DecodeLimits = _LIMITS,
     devices: DevicePolicy = _DEVICES,
     types: ValueTypes = VALUE_TYPES,
+    fresh: Fresh | None = None,
 ) -> EncodedValue:
     """Encode a value; its private bytes are copied once, those in blocks already not at all.
 
+    ``fresh`` is the same for all values of one message, so that what two of them share is copied once.
     Raises `UnsupportedValue` with a path that starts with ``path``, before any block is reserved, and
     what ``store.reserve`` raises (`ArenaFull`), after all that was reserved has been discarded.
     """
@@ -106,7 +111,7 @@ def encode(
     except RecursionError as error:
         raise UnsupportedValue(f"{path}: nested too deep for this thread's stack", path=path) from error
     groups = cluster(planner.regions) if planner.regions else []
-    written = write_groups(groups, store, max_inline_bytes=limits.max_inline_bytes)
+    written = write_groups(groups, store, max_inline_bytes=limits.max_inline_bytes, fresh=fresh)
     try:
         tree = pack_tree(written.buffers, planner.tokens)
     except BaseException:

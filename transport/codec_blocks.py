@@ -18,7 +18,7 @@ from legion_shm.transport.codec_types import BlockStore, TransferStats
 from legion_shm.transport.codec_wire import Token
 from legion_shm.transport.handles import BlockHandle
 
-__all__ = ["Written", "discard_all", "write_groups"]
+__all__ = ["Fresh", "Written", "discard_all", "write_groups"]
 
 _BLOCK_ALIGN = 64  # a cache line: what torch aligns its own memory to
 _INLINE_ALIGN = 16  # what malloc gives the decoder's bytearray
@@ -56,7 +56,28 @@ def discard_all(written: Written, store: BlockStore) -> None:
                 store.discard(handle)
 
 
-def write_groups(groups: list[Group], store: BlockStore, *, max_inline_bytes: int) -> Written:
+class Fresh:
+    """What values of one message have copied so far: the next of them refers to it."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[int, int, BlockHandle, int, object]] = []
+        self.handles: set[BlockHandle] = set()
+
+    def note(self, low: int, nbytes: int, handle: BlockHandle, offset: int, source: object) -> None:
+        self._spans.append((low, low + nbytes, handle, offset, source))
+        self.handles.add(handle)
+
+    def find(self, low: int, nbytes: int) -> tuple[BlockHandle, int] | None:
+        """The block that holds these bytes, which ``source`` keeps where they are, and the offset in it."""
+        for start, end, handle, offset, _ in self._spans:
+            if start <= low and low + nbytes <= end:
+                return handle, offset + low - start
+        return None
+
+
+def write_groups(
+    groups: list[Group], store: BlockStore, *, max_inline_bytes: int, fresh: Fresh | None = None
+) -> Written:
     """Give each group its bytes and each region its place. Raises what the store raises (`ArenaFull`)."""
     written = Written()
     known: dict[BlockHandle, int] = {}
@@ -81,6 +102,8 @@ def write_groups(groups: list[Group], store: BlockStore, *, max_inline_bytes: in
             span = group.high - group.low
             searchable = not first.isolated and first.space is None
             found = store.find(group.low, span) if searchable else None
+            if found is None and fresh is not None and searchable:
+                found = fresh.find(group.low, span)
             if found is not None:
                 handle, offset = found
                 block = known.get(handle)
@@ -98,6 +121,8 @@ def write_groups(groups: list[Group], store: BlockStore, *, max_inline_bytes: in
             written.blocks.append(reserved.handle)
             written.owned.append(True)
             _fill(group, first, reserved.address + pad_block, nbytes)
+            if fresh is not None and searchable and not group.packed:
+                fresh.note(group.low, nbytes, reserved.handle, pad_block, first.source)
             written.copied_bytes += nbytes
             written.copies += 1
             _place(group, len(written.buffers), pad_block)

@@ -22,7 +22,7 @@ from legion_shm.transport.codec_registry import ValueType, ValueTypes, class_nam
 from legion_shm.transport.codec_types import DecodeLimits, DevicePolicy
 from legion_shm.transport.codec_wire import Refusal, Token
 
-__all__ = ["Handler", "Planner"]
+__all__ = ["Handler", "Planner", "library_handler"]
 
 Handler = Callable[["Planner", Any, int, bool], None]
 
@@ -142,7 +142,7 @@ class Planner:
     def _foreign(self, kind: type) -> Handler:
         if self.types.exact(kind) is not None:
             return _plan_extension
-        handler = _library_handler(kind)
+        handler = library_handler(kind)
         if handler is None:
             try:
                 known = self.types.by_class(kind)
@@ -157,7 +157,7 @@ class Planner:
 _library: dict[type, Handler] = {}
 
 
-def _library_handler(kind: type) -> Handler | None:
+def library_handler(kind: type) -> Handler | None:
     """How torch's or numpy's own classes are planned. One exists only where its library is loaded."""
     handler = _library.get(kind)
     if handler is None and "torch" in sys.modules:

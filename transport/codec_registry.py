@@ -107,7 +107,10 @@ class ValueTypes:
 
     def registered(self, name: str) -> ValueType | None:
         """What was registered by that name; sources are not asked."""
-        return self._by_name.get(name)
+        found = self._by_name.get(name)
+        if found is None and self._parent is not None:
+            return self._parent.registered(name)
+        return found
 
     def by_class(self, cls: type) -> ValueType | None:
         """Raises `LookupError` with a reason where a source refuses the class."""

@@ -17,6 +17,7 @@ from legion_shm.transport.codec import (
     BlockStore,
     DevicePolicy,
     EncodedValue,
+    Fresh,
     TransferStats,
     ValueTypes,
     decode,
@@ -64,12 +65,15 @@ def pack(values: Mapping[str, object], store: BlockStore, *, types: ValueTypes =
     notes: list[ValueNote] = []
     stats: dict[str, TransferStats] = {}
     keep: list[EncodedValue] = []
+    fresh = Fresh() if len(values) > 1 else None
     try:
         for name, value in values.items():
-            encoded = encode(value, store, path=name.lstrip("\0"), types=types)
+            encoded = encode(value, store, path=name.lstrip("\0"), types=types, fresh=fresh)
             keep.append(encoded)
             stats[name] = encoded.stats
-            identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
+            identity = None
+            if fresh is None or fresh.handles.isdisjoint(encoded.blocks):
+                identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
             numbers = _numbers(encoded.stats)
             notes.append((name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers))
     except BaseException:

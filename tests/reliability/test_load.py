@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -153,7 +153,7 @@ TestCallers.settings = settings(
     max_examples=int(os.environ.get("LEGION_STATEFUL_EXAMPLES", "6")),
     stateful_step_count=40,
     deadline=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=cast("list[HealthCheck]", list(HealthCheck)),
     database=None,
     print_blob=True,
 )

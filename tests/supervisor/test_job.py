@@ -57,7 +57,12 @@ class FakeMemory:
         self.error = error
 
     def unpack(
-        self, values: Values, allow_cpu: bool, worker: str, remotes: tuple[int, ...]
+        self,
+        values: Values,
+        allow_cpu: bool,
+        worker: str,
+        remotes: tuple[int, ...],
+        pickled: tuple[str, ...] = (),
     ) -> dict[str, object]:
         self.unpacked += 1
         if self.error is not None:

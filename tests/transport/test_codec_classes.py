@@ -31,6 +31,7 @@ from legion_shm.transport import codec_wire as wire
 from legion_shm.transport.codec import ValueType, ValueTypes, decode, encode
 from legion_shm.transport.codec_builtins import Builtins
 from legion_shm.transport.codec_objects import Records
+from legion_shm.transport.codec_pickle import Pickled
 from legion_shm.transport.codec_plugins import Plugins
 from tests.transport.codec_values import assert_same
 from tests.transport.fake_store import FakeStore
@@ -493,3 +494,44 @@ def test_tensors_in_objects_share_memory_as_they_did() -> None:
     assert got[0].content is got[1]
     assert got[2].parts[0].data_ptr() == got[1][1].data_ptr()
     assert_same(image, got[1])
+
+
+# --- pickle, for named classes -------------------------------------------------------------------------
+
+
+class Odd:
+    def __init__(self, image: torch.Tensor) -> None:
+        self.image, self.again, self.own = image, image, self
+
+    def __reduce__(self) -> Any:
+        return Odd, (self.image,)
+
+
+class Sly:
+    def __reduce__(self) -> Any:
+        return os.getenv, ("HOME",)
+
+
+def pickling(*names: str) -> ValueTypes:
+    registry = fresh()
+    registry.add_source(Pickled([f"{__name__}.{name}" for name in names]))
+    return registry
+
+
+def test_a_named_class_is_pickled_with_its_tensors_beside_it() -> None:
+    image = torch.rand(100)
+    got = crossed([Odd(image), image], pickling("Odd"), pickling("Odd"))
+    assert got[0].image is got[1]
+    assert torch.equal(got[1], image)
+
+
+def test_no_other_class_is_pickled_or_unpickled() -> None:
+    with pytest.raises(UnsupportedValue, match="Odd has no codec"):
+        crossed(Odd(torch.ones(1)), pickling("Sly"))
+    with pytest.raises(UnsupportedValue, match="pickle_classes does not name"):
+        crossed(Odd(torch.ones(1)), pickling("Odd"), pickling("Sly"))
+
+
+def test_a_pickle_that_names_another_global_is_refused() -> None:
+    with pytest.raises(UnsupportedValue, match=r"refers to os\.getenv"):
+        crossed(Sly(), pickling("Sly"), pickling("Sly"))

@@ -202,6 +202,7 @@ CHANGES: list[dict[str, Any]] = [
     {"node_modules": ["b"]},
     {"node_modules": ["a", "b"]},
     {"codec_modules": ["a.b"]},
+    {"pickle_classes": ["a.B"]},
     {"env": {"A": "2"}},
     {"python_path": ["/x"]},
     {"python_executable": "/x"},

@@ -1,0 +1,89 @@
+"""Generated values of every kind, through a worker and back: the same to the bit.
+
+``LEGION_VALUE_EXAMPLES`` sets how many; thousands take a minute or two.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections import deque
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from legion_shm import Supervisor
+from tests.system.support import flow, spec
+from tests.transport.codec_values import Sample, assert_same, values
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+EXAMPLES = int(os.environ.get("LEGION_VALUE_EXAMPLES", "100"))
+SPEC = spec(codec_modules=[__name__])
+
+
+class Hue(enum.Enum):
+    RED = "r"
+    BLUE = 2
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@dataclass
+class Held:
+    value: Any
+    more: Any = None
+
+
+@st.composite
+def wrapped(draw: st.DrawFn) -> tuple[str, Any, Sample]:
+    return draw(st.sampled_from(["held", "pair", "deque", "twice", "plain"])), None, draw(values())
+
+
+def build(kind: str, inner: Any) -> Any:
+    others = [Hue.RED, Fraction(1, 3), PurePosixPath("a/b"), {Hue.BLUE: 1}]
+    return {
+        "held": Held(inner, others),
+        "pair": Pair(inner, others),
+        "deque": deque([inner, *others], maxlen=9),
+        "twice": [Held(inner), Pair(inner, inner)],
+        "plain": inner,
+    }[kind]
+
+
+def parts(kind: str, value: Any) -> list[Any]:
+    if kind == "held":
+        return [value.value, value.more]
+    if kind == "twice":
+        return [value[0].value, *value[1]]
+    return list(value) if kind in ("pair", "deque") else [value]
+
+
+def test_generated_values_go_through_a_worker_and_come_back_the_same() -> None:
+    with Supervisor() as legion:
+
+        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(wrapped())
+        def check(case: tuple[str, Any, Sample]) -> None:
+            kind, _, sample = case
+            value = build(kind, sample.value)
+            got = legion.submit(flow("TestPass"), inputs=[value], spec=SPEC).result(timeout=60)["output_1"]
+            assert type(got) is type(value)
+            for sent, back in zip(parts(kind, value), parts(kind, got), strict=True):
+                if kind == "twice" or not isinstance(sent, (Fraction, PurePosixPath, Hue)):
+                    if any(isinstance(item, Fraction) for item in (sent if isinstance(sent, list) else [])):
+                        assert sent == back
+                    else:
+                        assert_same(sent, back)
+                else:
+                    assert sent == back
+
+        check()
