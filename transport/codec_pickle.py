@@ -26,8 +26,8 @@ class _Pickler(pickle.Pickler):
         self._parts = parts
         self._numbers: dict[int, int] = {}
 
-    def persistent_id(self, obj: Any) -> int | None:
-        if library_handler(cast("type", type(obj))) is None:
+    def persistent_id(self, obj: object) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if library_handler(type(obj)) is None:
             return None
         number = self._numbers.get(id(obj))
         if number is None:
