@@ -121,6 +121,8 @@ class WorkerSpec(_Settings):
     ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
     ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
     ``sys.path``. A ``python_executable`` other than ours needs legion_shm installed in it.
+    ``born_in_arena``: large tensors that nodes make lie in shared memory from the start, where the system
+    allows it (`legion doctor` says), and leave the worker without a copy.
     ``codec_modules`` are importable names of modules that the worker imports for the classes of values and
     their codecs (`register_codec`). Instances of the classes that ``pickle_classes`` names in full, and of
     no others, may be pickled between the worker and us. ``zygote``: whether workers may be forked from a
@@ -144,6 +146,7 @@ class WorkerSpec(_Settings):
     idle_timeout_s: Seconds | None = None
     max_jobs_per_life: int | None = Field(default=None, ge=1)
     zygote: Literal["auto", "off"] = "auto"
+    born_in_arena: Literal["auto", "off"] = "auto"
 
     if TYPE_CHECKING:
 

@@ -144,6 +144,9 @@ def _shared_memory(report: Report) -> None:
     report.add(
         section, "pagemap", *_outcome(_try_pagemap, "readable: views nobody wrote to go on without a copy")
     )
+    report.add(
+        section, "born in the arena", *_outcome(_try_born, "yes: what nodes make leaves without a copy")
+    )
     shm = Path("/dev/shm")
     if shm.is_dir():
         usage = shutil.disk_usage(shm)
@@ -227,6 +230,27 @@ def _try_job_object() -> None:
 
     win32 = Win32()
     win32.close(win32.create_job())
+
+
+def _try_born() -> None:
+    """The allocator shim must load into an interpreter like this one."""
+    import subprocess
+
+    from legion_shm.transport.born_build import library_path, preload_problem
+
+    library, reason = library_path()
+    reason = reason or preload_problem(sys.executable)
+    if library is None or reason:
+        raise OSError(f"{reason}; what nodes make is copied once")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", "import ctypes; ctypes.CDLL(None).legion_born_version"],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        timeout=_CHECK_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise OSError(f"{library} does not load into {sys.executable}; what nodes make is copied once")
 
 
 def _try_pidfd() -> None:

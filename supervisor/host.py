@@ -39,6 +39,7 @@ from legion_shm.supervisor.freeing import measured
 from legion_shm.supervisor.host_control import ControlThread
 from legion_shm.supervisor.host_reports import Events, LogHandler, failure_reply
 from legion_shm.supervisor.spawn import HostConfig
+from legion_shm.supervisor.worker_env import without_preload
 from legion_shm.supervisor.worker_io import begun_mark
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
@@ -74,6 +75,7 @@ _OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and numpy, of 
 def main(config: HostConfig) -> None:
     """The worker process, first line to last. Its exit code is 0, or 1 if the engine could not start."""
     death_pipe.arm(config.death_fd)
+    without_preload(os.environ, config.preloaded)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
     extend_path(config.python_path, config.parent_path)
@@ -194,6 +196,7 @@ class _Host:
             return False
         self._control.engine = engine
         self._control.flush_logs(self._send)  # what was logged so far is no job's
+        self._memory.engine_started()
         gc.freeze()  # the libraries' hundred thousands of objects need not be looked at in each collection
         if faults.hit is not None:
             faults.hit("host.before_ready")
@@ -204,6 +207,7 @@ class _Host:
         while not self._stopping:
             if self._waiting:
                 self._run(self._waiting.popleft())
+                self._memory.make_room()
                 continue
             if self._free_wanted:
                 self._free_wanted = False
@@ -299,13 +303,14 @@ class _Host:
             )
             counts = (outcome.executed, outcome.cached)
             del outcome  # what the job held is given back together with its result
+            self._memory.seal(message.job)
             with self._jobs_lock:  # what the control thread has in hand goes first
                 notes = events.take_notes()
             return JobDone(
                 message.job,
                 message.attempt,
                 values,
-                self._memory.drain_released(HANDLES_MAX),
+                self._memory.drain_released(HANDLES_MAX, quick=True),
                 received_us,
                 decoded_us,
                 executed_us,

@@ -88,6 +88,9 @@ class MasterMemory:
             return None  # its owner's later writes could be seen, so a copy goes
         return found
 
+    def adopt(self, address: int, nbytes: int) -> None:
+        return None
+
     def reserve(self, nbytes: int) -> Block:
         return self._arena.reserve(nbytes)
 
@@ -162,8 +165,8 @@ class MasterMemory:
         return array
 
     def drain_released(self) -> list[BlockHandle]:
-        """The supervisor's own deliveries that have ended, one entry each."""
-        released = self._attachments.drain_released()
+        """The supervisor's own deliveries that have ended, one entry each; large ones a turn later."""
+        released = self._attachments.drain_released(quick=True)
         while self._returned:
             released.append(self._returned.popleft())
         return released

@@ -121,6 +121,7 @@ class Processes:
             extra_args=tuple(spec.extra_args),
             python_path=tuple(spec.python_path),
             parent_path=importable,
+            preloaded=preload_for(spec, kind),
         )
 
         def start() -> None:

@@ -40,7 +40,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from legion_shm.errors import StartupError
 from legion_shm.supervisor.facilities import exit_descriptor
 from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
-from legion_shm.supervisor.worker_env import with_tunables
+from legion_shm.supervisor.worker_env import with_preload, with_tunables
+from legion_shm.transport.born_build import library_path, preload_problem
 from legion_shm.transport.channel import Endpoint
 
 if TYPE_CHECKING or sys.platform != "win32":
@@ -99,6 +100,7 @@ class HostConfig:
     death_fd: int = -1
     descriptor_fd: int = -1
     begun_fd: int = -1
+    preloaded: str = ""
 
 
 class _LegionPopen(SpawnPopen):
@@ -359,9 +361,20 @@ def environment_with(env: Mapping[str, str]) -> dict[str, str]:
     return {**{name: value for name, value in ours.items() if value is not None}, **env}
 
 
-def worker_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """All that a worker with ``env`` in its spec is executed with."""
-    return with_tunables(environment_with(env))
+def worker_environment(env: Mapping[str, str], preload: str = "") -> dict[str, str]:
+    """All that a worker with ``env`` in its spec is executed with; ``preload``: a library, from `preload_for`."""
+    own = with_tunables(environment_with(env))
+    return with_preload(own, preload) if preload else own
+
+
+def preload_for(spec: WorkerSpec, segments: SegmentKind) -> str:
+    """The allocator shim for workers of a spec; empty where they are to start without it."""
+    if spec.born_in_arena == "off" or segments != "memfd":
+        return ""
+    library, _ = library_path()
+    if library is None or preload_problem(spec.python_executable or sys.executable):
+        return ""
+    return str(library)
 
 
 class WorkerEnds:
@@ -484,5 +497,7 @@ def spawn_worker(
         ends = WorkerEnds(descriptors=config.segments == "memfd")
     except OSError as error:
         raise _not_started(config.worker, executable, error) from error
-    launch = launch_with(ends, executable=executable, env=worker_environment(env), working_dir=working_dir)
+    launch = launch_with(
+        ends, executable=executable, env=worker_environment(env, config.preloaded), working_dir=working_dir
+    )
     return start_process(ends, WorkerProcess(tell_ends(config, ends.theirs), launch))

@@ -1,16 +1,16 @@
 """What a worker's environment gets beside the caller's own settings, because it is read at exec only.
 
-Owns the merging of glibc's tunables. It changes no variable's meaning for the user: what the environment or
-`WorkerSpec.env` says already stays.
+Owns the merging of glibc's tunables and of what is preloaded. It changes no variable's meaning for the user:
+what the environment or `WorkerSpec.env` says already stays.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
-__all__ = ["NON_TEMPORAL_BYTES", "runs_on_glibc", "with_tunables"]
+__all__ = ["NON_TEMPORAL_BYTES", "runs_on_glibc", "with_preload", "with_tunables", "without_preload"]
 
 NON_TEMPORAL_BYTES = 0x200000
 """From this size on memcpy bypasses the cache. glibc's own threshold grows with the shared cache, and can
@@ -38,3 +38,18 @@ def with_tunables(env: Mapping[str, str]) -> dict[str, str]:
     if any(part.partition("=")[0] == _TUNABLE for part in present):
         return dict(env)
     return {**env, "GLIBC_TUNABLES": ":".join((*present, f"{_TUNABLE}={NON_TEMPORAL_BYTES:#x}"))}
+
+
+def with_preload(env: Mapping[str, str], library: str) -> dict[str, str]:
+    """The environment with a library preloaded before whatever else is."""
+    others = env.get("LD_PRELOAD", "").strip()
+    return {**env, "LD_PRELOAD": f"{library}:{others}" if others else library}
+
+
+def without_preload(env: MutableMapping[str, str], library: str) -> None:
+    """Take that library out again, so that programs which this one starts don't get it."""
+    preloaded = env.get("LD_PRELOAD", "")
+    if library and preloaded == library:
+        del env["LD_PRELOAD"]
+    elif library and preloaded.startswith(f"{library}:"):
+        env["LD_PRELOAD"] = preloaded[len(library) + 1 :]

@@ -19,11 +19,13 @@ from legion_shm.errors import ArenaFull, ProtocolError
 from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.remote import RemoteObjects
 from legion_shm.supervisor.spawn import HostConfig
+from legion_shm.supervisor.worker_born import BornBlocks
 from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.codec import VALUE_TYPES
+from legion_shm.transport.born import Shim
 from legion_shm.transport.fdpass import SegmentReceiver
-from legion_shm.transport.handles import BlockHandle
+from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
 from legion_shm.transport.messages import (
     BlocksFreed,
     Message,
@@ -80,18 +82,40 @@ class WorkerMemory:
         self._kept: dict[str, PackedValues] = {}
         self._idle_since_s: float | None = None
         self.remotes = RemoteObjects(config.worker)
+        shim = Shim.here() if config.preloaded else None
+        self._born = (
+            None
+            if shim is None
+            else BornBlocks(
+                shim,
+                quota_bytes=config.arena_quota_bytes,
+                publish=self._arena.handle_for,
+                grow=self._grow_born,
+            )
+        )
 
     # --- the BlockStore that the codec sees ---------------------------------------------------------
 
     def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
         return self._attachments.find(address, nbytes)
 
+    def adopt(self, address: int, nbytes: int) -> tuple[BlockHandle, int, bool] | None:
+        return None if self._born is None else self._born.adopt(address, nbytes)
+
     def reserve(self, nbytes: int) -> Block:
         self._idle_since_s = None
+        if self._born is not None and self._born.total_bytes:
+            stats = self._arena.stats()
+            if (
+                stats.total_bytes - stats.live_bytes < nbytes
+                and stats.total_bytes + nbytes > self._arena.quota_bytes
+            ):
+                self._retire_born()  # what nobody uses there is wanted here
         return self._arena.reserve(nbytes)
 
     def discard(self, handle: BlockHandle) -> None:
-        self._arena.free(handle)
+        if self._born is None or not self._born.free(handle):
+            self._arena.free(handle)
 
     def view(self, handle: BlockHandle) -> Any:
         return self._attachments.view(handle)
@@ -141,6 +165,28 @@ class WorkerMemory:
         self._kept[job] = PackedValues(values, packed.stats, packed.keepalive + report.keepalive)
         return values
 
+    def seal(self, job: str) -> None:
+        """The worker has let go of a job's outputs: what it still has of them becomes its own. ArenaFull."""
+        if self._born is not None:
+            try:
+                self._born.seal()
+            except ArenaFull:
+                self.discard_result(job)
+                raise
+
+    def engine_started(self) -> None:
+        """Nodes will run now: what they make may be born in the arena."""
+        if self._born is not None:
+            self._born.begin()
+
+    def make_room(self) -> None:
+        """Between jobs: looks through what has ended; makes more room for tensors to be born in."""
+        self._returned.extend(self._attachments.drain_released())
+        if self._born is not None and self._born.make_room():
+            self._share_quota()
+        if self._idle_since_s is None:
+            self._note_idle()
+
     def result_sent(self, job: str) -> None:
         """The result is on its way. What it refers to is kept until the supervisor has its leases."""
         kept = self._kept.get(job)
@@ -177,13 +223,21 @@ class WorkerMemory:
 
     def freed(self, handles: tuple[BlockHandle, ...]) -> None:
         for handle in handles:
-            self._arena.free(handle)
-        if handles and not self._arena.stats().blocks:
+            self.discard(handle)
+        if handles:
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        stats = self._arena.stats()
+        if not stats.blocks and (self._born is None or not self._born.published) and self.arena_bytes():
             self._idle_since_s = monotonic_s()
 
-    def drain_released(self, most: int | None = None) -> tuple[BlockHandle, ...]:
-        """Deliveries that have ended; at most so many, with the others left for the next call."""
-        self._returned.extend(self._attachments.drain_released())
+    def drain_released(self, most: int | None = None, *, quick: bool = False) -> tuple[BlockHandle, ...]:
+        """Deliveries that have ended; at most so many, with the others left for the next call.
+
+        ``quick`` leaves large ones too, for the time after the reply.
+        """
+        self._returned.extend(self._attachments.drain_released(quick=quick))
         released: list[BlockHandle] = []
         while self._returned and len(released) != most:
             try:
@@ -196,7 +250,7 @@ class WorkerMemory:
         return self._attachments.live_views()
 
     def arena_bytes(self) -> int:
-        return self._arena.stats().total_bytes
+        return self._arena.stats().total_bytes + (0 if self._born is None else self._born.total_bytes)
 
     # --- segments -------------------------------------------------------------------------------------
 
@@ -272,8 +326,26 @@ class WorkerMemory:
         if wait_s is None or wait_s > 0:
             return ()
         self._idle_since_s = None
-        retired = tuple(self._arena.trim())
+        retired = (*self._arena.trim(), *(() if self._born is None else self._born.retire()))
         for segment_id in retired:
             self._own.pop(segment_id, None)
             self._attachments.drop(self._config.arena, segment_id)
+        self._share_quota()
         return retired
+
+    def _grow_born(self, nbytes: int) -> tuple[int, Segment]:
+        for segment_id in self._arena.trim():  # what was copied there before is to be born from now on
+            self._shrunk(segment_id)
+        return self._grow(nbytes)
+
+    def _retire_born(self) -> None:
+        for segment_id in () if self._born is None else self._born.retire():
+            self._shrunk(segment_id)
+        self._share_quota()
+
+    def _share_quota(self) -> None:
+        """Copies and born blocks live in segments of one arena, and of one quota."""
+        if self._born is not None:
+            self._arena.quota_bytes = (
+                (self._config.arena_quota_bytes - self._born.total_bytes) // BLOCK_ALIGN * BLOCK_ALIGN
+            )

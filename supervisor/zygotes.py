@@ -89,7 +89,7 @@ class Zygotes:
         kind = _Kind(
             engine=config.engine,
             executable=spec.python_executable or sys.executable,
-            env=tuple(sorted(worker_environment(spec.env).items())),
+            env=tuple(sorted(worker_environment(spec.env, config.preloaded).items())),
             working_dir=spec.working_dir or current_dir(),
             python_path=config.python_path,
             parent_path=config.parent_path,

@@ -82,13 +82,17 @@ class BlockAllocator:
         self._remove(segment, offset)
         if size > span:
             self._insert(segment, offset + span, size - span)
-        self._generation += 1
-        handle = BlockHandle(self._arena, segment, offset, nbytes, self._generation)
+        handle = BlockHandle(self._arena, segment, offset, nbytes, self.next_generation())
         self._live[handle.generation] = handle
         self._live_in[segment] += 1
         self.live_bytes += span
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return handle
+
+    def next_generation(self) -> int:
+        """A number that no block of this arena has had."""
+        self._generation += 1
+        return self._generation
 
     def check_live(self, handle: BlockHandle) -> None:
         """Raise `StaleHandle` unless this very block is live."""

@@ -149,6 +149,12 @@ class Arena:
             self._allocator.free(handle)
             self._note_change()
 
+    def handle_for(self, segment_id: int, offset: int, nbytes: int) -> BlockHandle:
+        """A handle, of a generation never used before, for a block that somebody else keeps in this arena."""
+        self._check_process()
+        with self._changed:
+            return BlockHandle(self.arena_id, segment_id, offset, nbytes, self._allocator.next_generation())
+
     def condemn(self) -> None:
         """Refuse new blocks from now on; live ones stay until they are freed."""
         self._check_process()

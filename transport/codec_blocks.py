@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from dataclasses import dataclass, field
+from typing import cast
 
 from legion_shm.errors import LegionError
 from legion_shm.transport.codec_layout import Group, Region
@@ -102,16 +103,20 @@ def write_groups(
             span = group.high - group.low
             searchable = not first.isolated and first.space is None
             found = store.find(group.low, span) if searchable else None
-            if found is None and fresh is not None and searchable:
+            born = store.adopt(group.low, span) if searchable and found is None else None
+            if found is None and born is None and searchable and fresh is not None:
                 found = fresh.find(group.low, span)
-            if found is not None:
-                handle, offset = found
+            if found is not None or born is not None:
+                handle, offset, new = (
+                    born if born is not None else (*cast("tuple[BlockHandle, int]", found), False)
+                )
                 block = known.get(handle)
                 if block is None:
                     block = known[handle] = len(written.blocks)
                     written.blocks.append(handle)
-                    written.owned.append(False)
-                written.referenced.extend(region.source for region in group.members)
+                    written.owned.append(new)
+                if born is None:  # a born block stays until it is freed, whatever becomes of its tensor
+                    written.referenced.extend(region.source for region in group.members)
                 written.referenced_bytes += span
                 group.packed = False
                 _place(group, len(written.buffers), 0)

@@ -44,6 +44,13 @@ class BlockStore(Protocol):
         """The unchanged published block that covers this memory and the offset in it, or None."""
         ...
 
+    def adopt(self, address: int, nbytes: int) -> tuple[BlockHandle, int, bool] | None:
+        """Publish the block of our own that this memory was born in, without a copy.
+
+        Gives its handle, the offset in it, and whether the handle is new; None where there is no such block.
+        """
+        ...
+
     def reserve(self, nbytes: int) -> ReservedBlock:
         """A new block of our own. Raises `ArenaFull`."""
         ...

@@ -110,6 +110,7 @@ class _Viewed:
         self.inline_max_bytes = store.inline_max_bytes
         self.taken: set[BlockHandle] = set()
         self.find = store.find
+        self.adopt = store.adopt
         self.reserve = store.reserve
         self.discard = store.discard
 

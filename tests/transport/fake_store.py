@@ -66,6 +66,9 @@ class FakeStore:
         self._views.append((weakref.ref(view), handle))
         return view
 
+    def adopt(self, address: int, nbytes: int) -> None:
+        return None
+
     def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
         for reference, handle in self._views:
             view = reference()

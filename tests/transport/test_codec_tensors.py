@@ -519,6 +519,9 @@ class ArenaStore:
     def view(self, handle: BlockHandle) -> Any:
         return self.attachments.view(handle)
 
+    def adopt(self, address: int, nbytes: int) -> None:
+        return None
+
     def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
         return self.attachments.find(address, nbytes)
 

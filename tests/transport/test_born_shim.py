@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from legion_shm.transport import born_build
+from legion_shm.transport.born import Shim
+from legion_shm.transport.born_build import library_path, preload_problem
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("cc")
+
+needs_compiler = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or COMPILER is None, reason="needs Linux and a C compiler"
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, and nothing known from before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library_path.cache_clear()
+    yield tmp_path / "legion-shm"
+    library_path.cache_clear()
+
+
+@needs_compiler
+def test_the_shim_withstands_threads_reallocs_late_frees_and_forks(cache: Path, tmp_path: Path) -> None:
+    library, reason = library_path()
+    assert library is not None, reason
+    program = tmp_path / "stress"
+    source = HERE / "born_stress.c"
+    # Not optimized: a compiler may take it that nobody looks at memory after free().
+    subprocess.run(
+        [str(COMPILER), "-O0", "-fno-builtin", "-o", program, source, library, "-lpthread"], check=True
+    )
+    done = subprocess.run(
+        [program],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_compiler
+def test_it_is_built_once_into_a_folder_of_the_users_alone(cache: Path) -> None:
+    library, _ = library_path()
+    assert library is not None
+    assert library.parent == cache
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in cache.iterdir()] == [library.name], "and the compiler's folder is gone"
+    built_ns = library.stat().st_mtime_ns
+    library_path.cache_clear()
+    assert library_path() == (library, "")
+    assert library.stat().st_mtime_ns == built_ns
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["folder", "file"])
+def test_what_others_could_have_written_is_not_loaded(cache: Path, which: str) -> None:
+    library, _ = library_path()
+    assert library is not None
+    (cache if which == "folder" else library).chmod(0o777)
+    library_path.cache_clear()
+    assert library_path()[0] is None
+    assert "only this user can write" in library_path()[1]
+
+
+def test_without_a_compiler_there_is_a_reason_and_no_error(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(born_build, "_runs_on_glibc", lambda: True)
+    library, reason = library_path()
+    assert library is None
+    assert "no C compiler" in reason
+
+
+def test_a_compiler_that_fails_is_quoted(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "cc"
+    fake.write_text("#!/bin/sh\necho no such header >&2\nexit 3\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CC", str(fake))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(born_build, "_runs_on_glibc", lambda: True)
+    assert library_path() == (None, f"it could not be built: {fake} ended with 3: no such header")
+
+
+@pytest.mark.parametrize(("system", "glibc"), [("darwin", True), ("linux", False)])
+def test_elsewhere_it_is_not_even_tried(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, system: str, glibc: bool
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(born_build, "_runs_on_glibc", lambda: glibc)
+    library, reason = library_path()
+    assert library is None
+    assert reason.startswith("it needs ")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about ELF programs")
+def test_an_interpreter_that_is_no_such_program_gets_no_preload(tmp_path: Path) -> None:
+    assert preload_problem(sys.executable) == ""
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\nexec python3 "$@"\n')
+    script.chmod(0o755)
+    assert "not a 64-bit ELF program" in preload_problem(str(script))
+    copied = tmp_path / "setuid"
+    copied.write_bytes(Path(os.path.realpath(sys.executable)).read_bytes())
+    copied.chmod(0o4755)
+    assert "setuid" in preload_problem(str(copied))
+    copied.chmod(0o755)
+    assert preload_problem(str(copied)) == ""
+    foreign = copied.read_bytes().replace(b"/lib64/ld-linux", b"/lib64/ld-other")
+    copied.write_bytes(foreign)
+    if sys.maxsize > 2**32 and foreign != Path(os.path.realpath(sys.executable)).read_bytes():
+        assert "ld-other" in preload_problem(str(copied))
+    assert "not a program" in preload_problem("no-such-python")
+
+
+def test_a_process_that_was_started_without_it_has_none() -> None:
+    assert Shim.here() is None
