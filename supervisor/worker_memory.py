@@ -25,7 +25,7 @@ from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.codec import VALUE_TYPES
 from legion_shm.transport.born import Shim
 from legion_shm.transport.fdpass import SegmentReceiver
-from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
+from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import (
     BlocksFreed,
     Message,
@@ -104,13 +104,7 @@ class WorkerMemory:
 
     def reserve(self, nbytes: int) -> Block:
         self._idle_since_s = None
-        if self._born is not None and self._born.total_bytes:
-            stats = self._arena.stats()
-            if (
-                stats.total_bytes - stats.live_bytes < nbytes
-                and stats.total_bytes + nbytes > self._arena.quota_bytes
-            ):
-                self._retire_born()  # what nobody uses there is wanted here
+        self._yield_quota(nbytes)
         return self._arena.reserve(nbytes)
 
     def discard(self, handle: BlockHandle) -> None:
@@ -307,7 +301,19 @@ class WorkerMemory:
         return answer.segment, self._own[answer.segment]
 
     def _wait_for_room(self, timeout_s: float) -> bool:
-        return self._receive(timeout_s) is not None
+        received = self._receive(timeout_s) is not None
+        if self._born is not None and self._born.total_bytes:
+            self._retire_born()
+        return received
+
+    def _yield_quota(self, nbytes: int) -> None:
+        """Copies need more than the quota has left: regions in which nothing lives make way."""
+        if self._born is not None and self._born.total_bytes:
+            stats = self._arena.stats()
+            unused = stats.total_bytes - stats.live_bytes
+            room = self._arena.quota_bytes - self._arena.elsewhere_bytes - stats.total_bytes
+            if unused < nbytes and room < nbytes:
+                self._retire_born()
 
     def _shrunk(self, segment_id: int) -> None:
         self._own.pop(segment_id, None)
@@ -346,6 +352,4 @@ class WorkerMemory:
     def _share_quota(self) -> None:
         """Copies and born blocks live in segments of one arena, and of one quota."""
         if self._born is not None:
-            self._arena.quota_bytes = (
-                (self._config.arena_quota_bytes - self._born.total_bytes) // BLOCK_ALIGN * BLOCK_ALIGN
-            )
+            self._arena.elsewhere_bytes = self._born.total_bytes

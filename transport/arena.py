@@ -74,6 +74,7 @@ class Arena:
     ) -> None:
         self.arena_id = arena_id
         self.quota_bytes = quota_bytes - quota_bytes % BLOCK_ALIGN
+        self.elsewhere_bytes = 0  # of the quota, in segments that are not for blocks of ours
         self._grow = grow
         self._wait = wait
         self._shrink = shrink
@@ -219,7 +220,8 @@ class Arena:
         """The next segment's size, 0 where the quota leaves no room; gives idle segments up to make some."""
         allocator = self._allocator
         idle = allocator.idle_segments()
-        room = self.quota_bytes - allocator.total_bytes
+        room = self.quota_bytes - self.elsewhere_bytes - allocator.total_bytes
+        room -= room % BLOCK_ALIGN
         if room < span <= room + sum(map(allocator.segment_nbytes, idle)):
             while room < span:
                 segment_id = idle.pop(0)
