@@ -172,7 +172,7 @@ class MasterMemory:
         return released
 
     def live_views(self) -> int:
-        return self._attachments.live_views() + len(self._returned)
+        return self._attachments.live_views() + self._attachments.undrained() + len(self._returned)
 
     def free(self, handle: BlockHandle) -> None:
         """A block of the own arena whose last lease has ended."""

@@ -241,7 +241,7 @@ class WorkerMemory:
         return tuple(released)
 
     def live_views(self) -> int:
-        return self._attachments.live_views()
+        return self._attachments.live_views() + self._attachments.undrained()
 
     def arena_bytes(self) -> int:
         return self._arena.stats().total_bytes + (0 if self._born is None else self._born.total_bytes)

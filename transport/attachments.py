@@ -173,10 +173,14 @@ class Attachments:
         return handles
 
     def live_views(self) -> int:
-        """How many arrays, delivered or adopted, still have a buffer on them, or wait to be drained."""
+        """How many arrays, delivered or adopted, still have a buffer on them."""
         self._check_process()
         self._reap()
-        return len(self._addresses) + len(self._ended)
+        return len(self._addresses)
+
+    def undrained(self) -> int:
+        """How many deliveries have ended and were not told by `drain_released` yet."""
+        return len(self._dead) + len(self._ended)
 
     def _segment(self, handle: BlockHandle) -> Segment:
         self._check_process()
