@@ -43,6 +43,7 @@ from legion_shm.supervisor.resolve import resolve_spec
 from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUpRequested
 from legion_shm.supervisor.submission import Submission
+from legion_shm.transport.born_build import library_path
 from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds, check_descriptors
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
@@ -115,6 +116,8 @@ class Supervisor:
         faults.arm_from_environment()
         check_descriptors()
         segments, channel = _choose_segments(settings), _choose_channel(settings)
+        if segments == "memfd":
+            library_path()  # compiled here, once per machine, and not on the loop's thread
         sweep_stale(base)
         with contextlib.ExitStack() as on_failure:
             directory = on_failure.enter_context(RuntimeDir.create(base))

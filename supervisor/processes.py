@@ -17,7 +17,7 @@ from typing import cast
 from legion_shm import faults
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import StartupError
-from legion_shm.supervisor.spawn import HostConfig, current_dir, spawn_worker
+from legion_shm.supervisor.spawn import HostConfig, current_dir, preload_for, spawn_worker
 from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.supervisor.zygote import Request

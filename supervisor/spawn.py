@@ -44,6 +44,10 @@ from legion_shm.supervisor.worker_env import with_preload, with_tunables
 from legion_shm.transport.born_build import library_path, preload_problem
 from legion_shm.transport.channel import Endpoint
 
+if TYPE_CHECKING:
+    from legion_shm.config import WorkerSpec
+    from legion_shm.transport.segment import SegmentKind
+
 if TYPE_CHECKING or sys.platform != "win32":
     from multiprocessing.popen_spawn_posix import Popen as SpawnPopen
 else:
@@ -60,6 +64,7 @@ __all__ = [
     "current_dir",
     "environment_with",
     "launch_with",
+    "preload_for",
     "spawn_worker",
     "start_process",
     "tell_ends",
@@ -362,7 +367,7 @@ def environment_with(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def worker_environment(env: Mapping[str, str], preload: str = "") -> dict[str, str]:
-    """All that a worker with ``env`` in its spec is executed with; ``preload``: a library, from `preload_for`."""
+    """All that a worker with ``env`` in its spec is executed with; ``preload`` as `preload_for` gives it."""
     own = with_tunables(environment_with(env))
     return with_preload(own, preload) if preload else own
 
