@@ -22,8 +22,8 @@ from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_born import BornBlocks
 from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
-from legion_shm.transport.codec import VALUE_TYPES
 from legion_shm.transport.born import Shim
+from legion_shm.transport.codec import VALUE_TYPES
 from legion_shm.transport.fdpass import SegmentReceiver
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import (

@@ -175,7 +175,7 @@ def test_no_error_shows_a_value_of_the_environment(make: Callable[[], object]) -
 def test_a_fault_inside_a_spec_is_told_with_the_specs_own_words() -> None:
     error = refused(lambda: JobOptions(spec={"bogus": 1}))  # type: ignore[arg-type]
     assert error.key == "spec.bogus"
-    assert "WorkerSpec: bogus: unknown; WorkerSpec has codec_modules, comfyui_path" in str(error)
+    assert "WorkerSpec: bogus: unknown; WorkerSpec has born_in_arena, codec_modules" in str(error)
     assert "deadline_s" not in str(error)
 
 
@@ -214,6 +214,7 @@ CHANGES: list[dict[str, Any]] = [
     {"idle_timeout_s": 1},
     {"max_jobs_per_life": 1},
     {"zygote": "off"},
+    {"born_in_arena": "off"},
 ]
 
 
