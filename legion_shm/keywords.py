@@ -32,6 +32,7 @@ class WorkerKeywords(TypedDict, total=False):
     idle_timeout_s: float | None
     max_jobs_per_life: int | None
     zygote: Literal["auto", "off"]
+    born_in_arena: Literal["auto", "off"]
 
 
 class SettingsKeywords(TypedDict, total=False):
