@@ -21,16 +21,16 @@ import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from legion_shm import Job, LegionError, Supervisor, WorkerLost
 from legion_shm.testing import assert_nothing_left, snapshot
-from legion_shm.transport.segment import SegmentKind
 from tests.system.support import flow, spec
 
 BIG_BYTES = 100_000_000
+Kind = Literal["memfd", "portable"]
 _IN_FLIGHT = 6
 _SAMPLES_A_RUN = 40
 
@@ -68,7 +68,7 @@ class Report:
 
 class Soak:
     def __init__(
-        self, jobs: int, *, kill_every: int, seed: int, segments: SegmentKind, big_bytes: int, seconds: float
+        self, jobs: int, *, kill_every: int, seed: int, segments: Kind, big_bytes: int, seconds: float
     ) -> None:
         self.report = Report(jobs)
         self._random = random.Random(seed)
@@ -168,7 +168,7 @@ def soak(
     *,
     kill_every: int = 100,
     seed: int = 1,
-    segments: SegmentKind = "memfd",
+    segments: Kind = "memfd",
     big_bytes: int = BIG_BYTES,
     seconds: float = float("inf"),
 ) -> Report:

@@ -146,6 +146,13 @@ def test_a_worker_stopped_in_mid_write_is_found_hung(tmp_path: Path) -> None:
         assert whole(add(legion, own, 2.0), 3.0)
 
 
+def test_a_worker_stuck_in_c_with_the_interpreters_lock_is_found_hung() -> None:
+    with Supervisor(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.5) as legion:
+        do(legion, "out = 1").result(timeout=60)
+        with pytest.raises(WorkerLost, match="heartbeat_timeout_s"):
+            do(legion, "import ctypes; ctypes.PyDLL(None).sleep(60)").result(timeout=30)
+
+
 def test_a_worker_that_exits_at_its_start_says_its_code(legion: Supervisor) -> None:
     own = failing("host.before_ready=exit")
     with pytest.raises(StartupError, match="exited with code 13"):
