@@ -135,8 +135,6 @@ class Processes:
                 text = f"worker {worker.id} could not be started: {error!r}"
                 self._post(partial(failed, worker, StartupError(text, worker_id=worker.id)))
             else:
-                if faults.hit is not None:
-                    faults.hit("processes.after_spawn")
                 self._post(partial(self.adopt, worker, spawned))
 
         def execute() -> None:
@@ -159,6 +157,8 @@ class Processes:
 
     def adopt(self, worker: WorkerIO, spawned: SpawnedWorker, now: float) -> None:
         """The process is there; if it is not wanted any more, its end comes right after."""
+        if faults.hit is not None:
+            faults.hit("processes.after_spawn")
         worker.adopt(spawned)
         worker.withdraw = None
         for fd in (spawned.exit_fd, *worker.readers):

@@ -42,7 +42,7 @@ PLACES = {
     "arena.after_reserve": "owner of an arena: a block is reserved, and empty",
     "copy.half_done": "any copy into shared memory: half of the bytes are written",
     "segment.create": "supervisor: a segment is about to be made",
-    "processes.after_spawn": "supervisor: a worker process was started, the loop does not know it",
+    "processes.after_spawn": "supervisor: a worker process was started, and is not looked after yet",
     "lending.before_descriptor": "supervisor: a segment's descriptor is about to be sent",
     "lending.after_descriptor": "supervisor: a descriptor is sent, the message that needs it is not",
     "orders.after_send_job": "supervisor: a job is sent to its worker",
