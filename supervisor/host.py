@@ -211,11 +211,15 @@ class _Host:
                 continue
             if self._free_wanted:
                 self._free_wanted = False
-                self._send(Freed(*measured(self._require_engine().free)))
+                self._send(Freed(*measured(self._free)))
             if self._receive_message(self._memory.trim_in_s()) is None:
                 retired = self._memory.trim()
                 if retired:
                     self._send(SegmentRetired(retired))
+
+    def _free(self) -> None:
+        self._require_engine().free()
+        self._memory.give_up_unused()
 
     def close(self) -> None:
         if faults.hit is not None:

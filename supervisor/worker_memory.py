@@ -344,6 +344,10 @@ class WorkerMemory:
             self._shrunk(segment_id)
         return self._grow(nbytes)
 
+    def give_up_unused(self) -> None:
+        """Give back the regions in which nothing lives any more, now."""
+        self._retire_born()
+
     def _retire_born(self) -> None:
         for segment_id in () if self._born is None else self._born.retire():
             self._shrunk(segment_id)
