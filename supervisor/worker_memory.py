@@ -140,9 +140,11 @@ class WorkerMemory:
         """All outputs, then what nodes reported, if any, as a value named `REPORT`; kept until accepted.
 
         With ``remote``, what can't travel is kept for good, and ``remotes.take_exported`` tells of it.
+        What was copied is held too: to unmap it takes as long as a copy, and the caller waits for the reply.
         """
         try:
-            packed = pack(outputs, self, types=self.remotes.sending if remote else VALUE_TYPES)
+            types = self.remotes.sending if remote else VALUE_TYPES
+            packed = pack(outputs, self, types=types, hold_copied=True)
         except BaseException:
             self.remotes.drop(self.remotes.take_exported())
             raise

@@ -88,10 +88,12 @@ def encode(
     devices: DevicePolicy = _DEVICES,
     types: ValueTypes = VALUE_TYPES,
     fresh: Fresh | None = None,
+    hold_copied: bool = False,
 ) -> EncodedValue:
     """Encode a value; its private bytes are copied once, those in blocks already not at all.
 
-    ``fresh`` is the same for all values of one message, so that what two of them share is copied once.
+    ``fresh`` is the same for all values of one message, so that what two of them share is copied once. With
+    ``hold_copied`` the result's ``keepalive`` has what was copied too: giving memory back takes time.
     Raises `UnsupportedValue` with a path that starts with ``path``, before any block is reserved, and
     what ``store.reserve`` raises (`ArenaFull`), after all that was reserved has been discarded.
     """
@@ -122,7 +124,7 @@ def encode(
         blocks=tuple(written.blocks),
         owned=tuple(written.owned),
         stats=written.stats(planner.tensors),
-        keepalive=tuple(written.referenced),
+        keepalive=tuple(written.referenced + written.copied if hold_copied else written.referenced),
         noted=tuple(planner.noted),
     )
 

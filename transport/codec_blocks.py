@@ -33,6 +33,7 @@ class Written:
     blocks: list[BlockHandle] = field(default_factory=list[BlockHandle])
     owned: list[bool] = field(default_factory=list[bool])
     referenced: list[object] = field(default_factory=list[object])
+    copied: list[object] = field(default_factory=list[object])
     inline_bytes: int = 0
     copied_bytes: int = 0
     copies: int = 0
@@ -128,6 +129,7 @@ def write_groups(
             _fill(group, first, reserved.address + pad_block, nbytes)
             if fresh is not None and searchable and not group.packed:
                 fresh.note(group.low, nbytes, reserved.handle, pad_block, first.source)
+            written.copied.extend(region.source for region in group.members)
             written.copied_bytes += nbytes
             written.copies += 1
             _place(group, len(written.buffers), pad_block)

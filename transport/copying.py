@@ -1,7 +1,9 @@
 """Copying bytes between two addresses of this process, fast.
 
-Owns the one helper thread that takes half of a large copy. It knows nothing of tensors or blocks, and
-never checks an address: its callers do.
+Owns the one helper thread that takes half of a large copy, and the choice whether it does: two threads are
+up to twice as fast where a processor is idle and memory is faster than one of them, and slower where not, so
+what copies took here lately decides. It knows nothing of tensors or blocks, and never checks an address: its
+callers do.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from statistics import median
 from threading import Lock
 
 from legion_shm import faults
 
-__all__ = ["SPLIT_MIN_BYTES", "copy_memory"]
+__all__ = ["SPLIT_MIN_BYTES", "Chooser", "copy_memory"]
 
 SPLIT_MIN_BYTES = 2 * 1024 * 1024
 """Below it, handing half to another thread costs more than it saves."""
@@ -58,7 +63,32 @@ class _Helper:
             raise interrupted
 
 
+class Chooser:
+    """Whether two threads are to share the next large copy: by the medians of the last copies of each kind.
+
+    Both are tried in turns at first, and the one that is slower again in each ``every``-th copy.
+    """
+
+    _LAST = 5
+
+    def __init__(self, every: int = 24) -> None:
+        self._every = every
+        self._count = 0
+        self._taken: tuple[deque[float], deque[float]] = (deque(maxlen=self._LAST), deque(maxlen=self._LAST))
+
+    def two(self) -> bool:
+        alone, shared = self._taken
+        self._count += 1
+        if len(alone) < self._LAST or len(shared) < self._LAST:
+            return len(shared) <= len(alone)
+        return (median(shared) <= median(alone)) != (self._count % self._every == 0)
+
+    def took(self, two: bool, nbytes: int, seconds: float) -> None:
+        self._taken[two].append(seconds / nbytes)
+
+
 _helper = _Helper()
+_chooser = Chooser()
 
 
 def _renew_helper() -> None:
@@ -73,7 +103,7 @@ if hasattr(os, "register_at_fork"):
 def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
     """Copy ``nbytes`` between two regions that don't overlap, without the GIL.
 
-    From `SPLIT_MIN_BYTES` on two threads share the work, where this process may use two processors.
+    From `SPLIT_MIN_BYTES` on two threads share the work, where that has been the faster way lately.
     """
     if faults.hit is not None:
         half = nbytes // 2
@@ -81,17 +111,26 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
         faults.hit("copy.half_done")
         ctypes.memmove(dst_address + half, src_address + half, nbytes - half)
         return
-    helper = _helper
-    half = 0
-    copying = None
-    if nbytes >= SPLIT_MIN_BYTES:
-        # The split is at a page of the destination, so that no two threads fault the same page in.
-        half = nbytes // 2 - (dst_address + nbytes // 2) % mmap.PAGESIZE
-        copying = helper.start(dst_address + half, src_address + half, nbytes - half)
-    if copying is None:
+    if nbytes < SPLIT_MIN_BYTES:
         ctypes.memmove(dst_address, src_address, nbytes)
         return
+    started_s = time.perf_counter()
+    two = _chooser.two() and _copy_by_two(dst_address, src_address, nbytes)
+    if not two:
+        ctypes.memmove(dst_address, src_address, nbytes)
+    _chooser.took(two, nbytes, time.perf_counter() - started_s)
+
+
+def _copy_by_two(dst_address: int, src_address: int, nbytes: int) -> bool:
+    """Share the copy with the helper; False, and nothing done, where it is not to be had."""
+    helper = _helper
+    # The split is at a page of the destination, so that no two threads fault the same page in.
+    half = nbytes // 2 - (dst_address + nbytes // 2) % mmap.PAGESIZE
+    copying = helper.start(dst_address + half, src_address + half, nbytes - half)
+    if copying is None:
+        return False
     try:
         ctypes.memmove(dst_address, src_address, half)
     finally:
         helper.finish(copying)
+    return True

@@ -57,8 +57,16 @@ class PackedValues:
             yield from zip(blocks, owned, strict=True)
 
 
-def pack(values: Mapping[str, object], store: BlockStore, *, types: ValueTypes = VALUE_TYPES) -> PackedValues:
+def pack(
+    values: Mapping[str, object],
+    store: BlockStore,
+    *,
+    types: ValueTypes = VALUE_TYPES,
+    hold_copied: bool = False,
+) -> PackedValues:
     """Encode each value. All or nothing: on any error no new block remains reserved.
+
+    With ``hold_copied`` what was copied lives as long as the ``keepalive``: giving it back takes time.
 
     Raises UnsupportedValue with the path inside the value, ArenaFull.
     """
@@ -68,7 +76,9 @@ def pack(values: Mapping[str, object], store: BlockStore, *, types: ValueTypes =
     fresh = Fresh() if len(values) > 1 else None
     try:
         for name, value in values.items():
-            encoded = encode(value, store, path=name.lstrip("\0"), types=types, fresh=fresh)
+            encoded = encode(
+                value, store, path=name.lstrip("\0"), types=types, fresh=fresh, hold_copied=hold_copied
+            )
             keep.append(encoded)
             stats[name] = encoded.stats
             identity = None

@@ -7,7 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from legion_shm.transport import copying
-from legion_shm.transport.copying import SPLIT_MIN_BYTES, copy_memory
+from legion_shm.transport.copying import SPLIT_MIN_BYTES, Chooser, copy_memory
+
+
+@pytest.fixture(autouse=True)
+def nothing_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_chooser", Chooser())
 
 
 def buffers(nbytes: int) -> tuple[ctypes.Array[ctypes.c_ubyte], bytes]:
@@ -103,3 +108,25 @@ def test_a_forked_child_copies_with_a_helper_of_its_own() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def _chosen(chooser: Chooser, seconds_of: dict[bool, float], copies: int) -> list[bool]:
+    chosen: list[bool] = []
+    for _ in range(copies):
+        two = chooser.two()
+        chooser.took(two, 1000, seconds_of[two])
+        chosen.append(two)
+    return chosen
+
+
+def test_the_faster_way_to_copy_is_taken_and_the_other_is_tried_again_now_and_then() -> None:
+    chosen = _chosen(Chooser(every=24), {False: 1.0, True: 2.0}, 10 + 240)
+    assert set(chosen[:10]) == {True, False}
+    assert chosen[10:].count(True) == 10
+
+
+def test_when_two_threads_become_the_faster_way_copies_are_shared_again() -> None:
+    chooser = Chooser(every=8)
+    _chosen(chooser, {False: 1.0, True: 2.0}, 40)
+    later = _chosen(chooser, {False: 1.0, True: 0.5}, 100)
+    assert later[-40:].count(True) > 30
