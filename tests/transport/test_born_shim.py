@@ -121,9 +121,11 @@ def test_an_interpreter_that_is_no_such_program_gets_no_preload(tmp_path: Path) 
     copied.chmod(0o4755)
     assert "setuid" in preload_problem(str(copied))
     copied.chmod(0o755)
+    preload_problem.cache_clear()
     assert preload_problem(str(copied)) == ""
     foreign = copied.read_bytes().replace(b"/lib64/ld-linux", b"/lib64/ld-other")
     copied.write_bytes(foreign)
+    preload_problem.cache_clear()
     if sys.maxsize > 2**32 and foreign != Path(os.path.realpath(sys.executable)).read_bytes():
         assert "ld-other" in preload_problem(str(copied))
     assert "not a program" in preload_problem("no-such-python")
