@@ -25,7 +25,7 @@ from tests.reliability.support import do, hostile, slowest_s
 FLOOD = """
 import time
 frame = wire({message})
-send = host()._jobs.send
+send = send_raw
 until, out = time.monotonic() + 1.5, 0
 while time.monotonic() < until:
     send(frame)

@@ -79,7 +79,7 @@ out = torch.full(({ELEMENTS},), 1.0)
 def test_one_segment_is_asked_for_at_a_time(legion: Supervisor) -> None:
     code = """
 import time
-send, frame = host()._jobs.send, wire(SegmentRequest(1 << 20))
+send, frame = send_raw, wire(SegmentRequest(1 << 20))
 for _ in range(50):
     send(frame)
 time.sleep(10)
@@ -131,7 +131,7 @@ def test_an_error_with_lone_surrogates_can_be_printed(legion: Supervisor) -> Non
 
 
 def test_log_records_with_lone_surrogates_can_be_printed(legion: Supervisor) -> None:
-    job = do(legion, "host()._jobs.send(wire(LogRecord('IN\\ud800', 'x\\udfff', 'y\\ud800')))")
+    job = do(legion, "send_raw(wire(LogRecord('IN\\ud800', 'x\\udfff', 'y\\ud800')))")
     job.result(timeout=30)
     for event in job.events():
         repr(event).encode()
@@ -148,7 +148,7 @@ h, m = host(), "m" * 5_000_000
 reply = JobFailedReply(
     h._control.busy_job, 1, "JobFailed", m, None, None, m, m, m, m, (), ""
 )
-h._jobs.send(wire(reply))
+send_raw(wire(reply))
 h._send = lambda message: None
 """
     with pytest.raises(JobFailed, match="characters left out") as caught:
@@ -161,7 +161,7 @@ h._send = lambda message: None
 
 def test_a_preview_of_many_megabytes_is_not_kept(legion: Supervisor) -> None:
     picture = "PreviewNote(h._control.busy_job, 1, None, 'JPEG', b'x' * (5 << 20))"
-    code = f"h = host(); h._jobs.send(wire({picture}))"
+    code = f"h = host(); send_raw(wire({picture}))"
     job = do(legion, code)
     job.result(timeout=60)
     assert "preview" not in [event.kind for event in job.events()]

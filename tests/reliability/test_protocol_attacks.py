@@ -204,7 +204,7 @@ FORGE = """
 h = host()
 from legion_shm.transport.handles import BlockHandle
 note = ("output_1", b"", (BlockHandle(h._config.arena, 77, 0, 10, 1),), (True,), None, (0,) * 6)
-h._jobs.send(wire(JobDone(h._control.busy_job, 1, (note,), (), 0, 0, 0, 0, 0, 0)))
+send_raw(wire(JobDone(h._control.busy_job, 1, (note,), (), 0, 0, 0, 0, 0, 0)))
 import time; time.sleep(30)
 """
 
@@ -212,7 +212,7 @@ import time; time.sleep(30)
 def test_a_worker_that_attacks_loses_its_own_job_and_nobody_elses() -> None:
     with Supervisor() as legion:
         do(legion, "out = 1", name="neighbour").result(timeout=60)
-        garbage = "host()._jobs.send(bytes(range(256))); import time; time.sleep(30)"
+        garbage = "send_raw(bytes(range(256))); import time; time.sleep(30)"
         for code, said in ((garbage, "broke the protocol"), (FORGE, "InvalidHandle")):
             with pytest.raises(WorkerLost, match=said):
                 do(legion, code).result(timeout=40)
@@ -220,6 +220,6 @@ def test_a_worker_that_attacks_loses_its_own_job_and_nobody_elses() -> None:
             assert float(value["output_1"].sum()) == 2.0 * (1 << 18)
         assert legion._loop._inbox.protocol_errors == 2
         # ZeroMQ itself takes no frame so far over the limit: it breaks the connection off, and makes another.
-        oversize = "host()._jobs.send(bytes((64 << 20) + 8192)); import time; time.sleep(0.3); out = 1"
+        oversize = "send_raw(bytes((64 << 20) + 8192)); import time; time.sleep(0.3); out = 1"
         assert do(legion, oversize).result(timeout=30)["output_1"] == 1
         assert legion._loop.fault is None

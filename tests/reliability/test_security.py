@@ -267,7 +267,7 @@ with Supervisor(channel=channel, heartbeat_interval_s=0.05) as legion:
         legion.submit(prompt, inputs=[{"INPUT-" + canary: open}], spec=own)
     except LegionError:
         pass
-    lies = code_flow("import os; host()._jobs.send(os.urandom(99)); import time; time.sleep(9)")
+    lies = code_flow("import os; send_raw(os.urandom(99)); import time; time.sleep(9)")
     assert isinstance(legion.submit(lies, inputs=[tensor], spec=noisy).exception(timeout=60), LegionError)
     logging.getLogger("canary").warning("logging works: %s", "WITNESS-" + canary)
     tokens = [worker.token for worker in legion._loop._processes]
