@@ -6,6 +6,9 @@ Owns the runs and the table. All figures are of this machine and this run; none 
     resident  the photograph in shared memory already (`Supervisor.share`): no copy
     files     the same nodes between LoadImage and SaveImage: PNG files in a temporary folder
 
+The result is born in shared memory where the worker can do that (`legion doctor` says; the first results
+show it how much room they take), else it costs one copy: the table has what it was.
+
 Each run's image differs in one pixel from those before, so that no node's result comes from the cache.
 The ways take turns, so that what else the machine does meets all of them alike.
 """
@@ -299,8 +302,8 @@ def _closing_words(report: DemoReport) -> str:
     )
     return (
         f"Through PNG: {_ms(write_s)} ms to write the photograph, {_ms(load_s)} to load it in the worker,\n"
-        f"{_ms(save_s)} to save the result there, {_ms(read_s)} to read it here. PNG's 8 bits moved a value\n"
-        f"by up to {report.loss:.4f} of 1; shared memory changes none.\n"
+        f"{_ms(save_s)} to save the result there, {_ms(read_s)} to read it here.\n"
+        f"PNG's 8 bits moved a value by up to {report.loss:.4f} of 1; shared memory changes none.\n"
         f"Medians of {len(report.private)} warm runs each, on this machine, in this run."
     )
 

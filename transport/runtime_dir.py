@@ -16,6 +16,7 @@ and of a dead supervisor there is only this folder to remove: its segments went 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -30,7 +31,7 @@ from legion_shm import faults
 from legion_shm.errors import ConfigError
 from legion_shm.transport.segment_portable import unlink_name
 
-__all__ = ["SOCKET_PATH_MAX_BYTES", "RuntimeDir", "default_base", "sweep_stale"]
+__all__ = ["SOCKET_PATH_MAX_BYTES", "RuntimeDir", "base_mark", "default_base", "sweep_stale"]
 
 SOCKET_PATH_MAX_BYTES = 100
 """`sun_path` holds 108 bytes on Linux and 104 on macOS, with the final zero; ZeroMQ adds nothing."""
@@ -62,13 +63,14 @@ class RuntimeDir:
     def create(cls, base: Path | None = None, token: str | None = None) -> RuntimeDir:
         """Make the directory and take its lock.
 
-        ``token``: up to 12 of a-z0-9, which names the supervisor in its segments' names; random by default.
+        ``token``: up to 12 of a-z0-9, which names the supervisor in its segments' names; by default
+        `base_mark` and random letters.
         Raises `ConfigError`, saying what to do, where the base is not safe or its path too long.
         """
-        token = secrets.token_hex(4) if token is None else token
+        base = default_base() if base is None else base
+        token = f"{base_mark(base)}{secrets.token_hex(4)}" if token is None else token
         if not _TOKEN.fullmatch(token):
             raise ConfigError(f"token {token!r}: expected up to 12 of a-z and 0-9", key="token")
-        base = default_base() if base is None else base
         path = base / secrets.token_hex(_NAME_BYTES)
         if len(os.fsencode(path)) + 1 + _SOCKET_NAME_BYTES > SOCKET_PATH_MAX_BYTES:
             raise ConfigError(
@@ -128,6 +130,11 @@ class RuntimeDir:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def base_mark(base: Path) -> str:
+    """Four of 0-9a-f, with which the tokens of supervisors with this base begin: whose a segment is."""
+    return hashlib.blake2b(os.fsencode(base.absolute()), digest_size=2).hexdigest()
 
 
 _open_dirs: weakref.WeakSet[RuntimeDir] = weakref.WeakSet()

@@ -1,7 +1,8 @@
 """What a supervisor could leave behind, as the system sees it: looked at before, compared after.
 
 Owns looking. It ends no process and removes no file. Linux, where ``/proc`` tells; elsewhere only
-threads are seen. What other living processes hold is theirs, and not counted.
+threads are seen. What other living processes hold is theirs, and not counted; of shared memory with a name
+only what supervisors with the same runtime directory made.
 
     before = snapshot()
     ...                              # supervisors come and go
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from legion_shm.transport.runtime_dir import default_base
+from legion_shm.transport.runtime_dir import base_mark, default_base
 
 __all__ = ["Snapshot", "assert_nothing_left", "snapshot"]
 
@@ -74,7 +75,7 @@ def snapshot(runtime_dir: str | os.PathLike[str] | None = None) -> Snapshot:
             for thread in threading.enumerate()
             if not thread.name.startswith(_COPY_THREAD)
         ),
-        segments=frozenset(_segments()),
+        segments=frozenset(_segments(base)),
         runtime_dirs=frozenset(_runtime_entries(base)),
         maps=sum(1 for _ in _maps()),
     )
@@ -119,8 +120,8 @@ def _descriptors() -> Iterator[str]:
             yield re.sub(r"(?<=:)\[\d+\]$", "", target)
 
 
-def _segments() -> set[str]:
-    names = set(_names(_SHARED_MEMORY, _PREFIX))
+def _segments(base: Path) -> set[str]:
+    names = set(_names(_SHARED_MEMORY, f"{_PREFIX}{base_mark(base)}"))
     if not names:
         return names
     for pid in _names(Path("/proc")):

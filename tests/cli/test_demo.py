@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 import legion_shm.demo
+from legion_shm import WorkerSpec
 from legion_shm.cli import main
 from legion_shm.demo import DemoReport, print_demo, run_demo
+from legion_shm.supervisor.spawn import preload_for
 
 DATA = Path(legion_shm.demo.__file__).parent / "demo_data"
 RUNS = 2
@@ -27,13 +29,20 @@ def copies(run: Any) -> dict[str, int]:
     return {transfer.direction: transfer.copies for transfer in run.stats.transfers if transfer.payload_bytes}
 
 
-def test_the_photograph_costs_one_copy_each_way_and_none_from_shared_memory(report: DemoReport) -> None:
-    for run in (report.first, *report.private):
-        assert copies(run) == {"to_worker": 1, "from_worker": 1}
+def test_the_photograph_costs_one_copy_and_none_from_shared_memory(report: DemoReport) -> None:
+    assert copies(report.first) == {"to_worker": 1, "from_worker": 1}
+    for run in report.private:
+        assert copies(run)["to_worker"] == 1
     for run in report.resident:
-        assert copies(run) == {"to_worker": 0, "from_worker": 1}
+        assert copies(run)["to_worker"] == 0
         (photograph,) = [transfer for transfer in run.stats.transfers if transfer.direction == "to_worker"]
         assert photograph.referenced_bytes == photograph.payload_bytes == 600 * 400 * 3 * 4
+
+
+def test_a_result_costs_one_copy_or_none_where_it_was_born_in_shared_memory(report: DemoReport) -> None:
+    born = bool(preload_for(WorkerSpec(engine="graph"), "memfd"))
+    for run in (*report.private[1:], *report.resident[1:]):  # by then the worker knows how much room it takes
+        assert copies(run)["from_worker"] == (0 if born else 1)
 
 
 def test_every_timed_run_did_all_the_work(report: DemoReport) -> None:
@@ -42,9 +51,8 @@ def test_every_timed_run_did_all_the_work(report: DemoReport) -> None:
         assert (run.stats.nodes_executed, run.stats.nodes_cached) == (5, 0)
         assert 0 < run.moving_s < run.total_s
     for through_files in report.files:
-        assert (
-            min(through_files.write_s, through_files.load_s, through_files.save_s, through_files.read_s) > 0
-        )
+        assert min(through_files.write_s, through_files.save_s, through_files.read_s) > 0
+        assert through_files.load_s >= 0, "a busy supervisor may hear of its start and its end at once"
         assert through_files.moving_s < through_files.total_s
 
 

@@ -44,8 +44,9 @@ def legion() -> Iterator[Supervisor]:
         yield supervisor
 
 
-def failing(text: str) -> WorkerSpec:
-    return spec(env={faults.VARIABLE: text})
+def failing(text: str, born: Literal["auto", "off"] = "off") -> WorkerSpec:
+    """Its outputs are copied into its arena, unless they are to be ``born`` there."""
+    return spec(env={faults.VARIABLE: text}, born_in_arena=born)
 
 
 def add(legion: Supervisor, on: WorkerSpec, fill: float, **options: int) -> Job:
@@ -102,10 +103,13 @@ def test_a_worker_killed_in_the_midst_loses_its_job_and_tears_nothing(
     legion.stop_workers(own)
 
 
+@pytest.mark.parametrize(
+    ("fault", "born"), [("copy.half_done=kill@3", "off"), ("host.before_reply=kill@3", "auto")]
+)
 def test_a_worker_killed_in_mid_write_leaves_what_it_delivered_before(
-    legion: Supervisor, tmp_path: Path
+    legion: Supervisor, fault: str, born: Literal["auto", "off"]
 ) -> None:
-    own = failing("copy.half_done=kill@3")
+    own = failing(fault, born)
     kept = [add(legion, own, float(number)) for number in range(2)]
     tensors = [job.result(timeout=60)["output_1"] for job in kept]
     with pytest.raises(WorkerLost):

@@ -208,6 +208,7 @@ def test_nothing_that_handles_what_others_sent_can_unpickle_or_execute_it() -> N
             if used:
                 found[path.relative_to(REPO).as_posix()] = used
     assert found == {
+        "transport/codec_pickle.py": {"pickle"},  # classes that spec.pickle_classes names, and no others
         "supervisor/spawn.py": {"reduction"},  # from a parent to its own child, before there is any wire
         "supervisor/spawn_windows.py": {"reduction"},  # the same
         "supervisor/zygote_wire.py": {"pickle"},  # from a parent to its own zygote, over a socketpair

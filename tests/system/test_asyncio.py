@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,10 +91,10 @@ def test_the_event_loop_runs_on_while_inputs_are_encoded(
     turns = threading.Semaphore(0)
     pack = legion._memory.pack
 
-    def slow_pack(values: object) -> object:
+    def slow_pack(*arguments: Any) -> object:
         for _ in range(10):
             assert turns.acquire(timeout=20), "the event loop stood still"
-        return pack(values)  # type: ignore[arg-type]
+        return pack(*arguments)
 
     monkeypatch.setattr(legion._memory, "pack", slow_pack)
 

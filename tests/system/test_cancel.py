@@ -50,7 +50,7 @@ def ends_cancelled(job: Job) -> None:
 def test_a_queued_job_is_cancelled_at_once_and_never_runs(legion: Supervisor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     running = legion.submit(gate.flow(), spec=spec())
-    queued = submit(legion, "TestCounter")
+    queued = legion.submit(flow("TestCounter"), inputs=[None], spec=spec())
     gate.entered()
     assert queued.state == "queued"
     assert queued.cancel()

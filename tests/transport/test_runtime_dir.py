@@ -14,7 +14,13 @@ import pytest
 
 from legion_shm.errors import ConfigError
 from legion_shm.transport import runtime_dir
-from legion_shm.transport.runtime_dir import SOCKET_PATH_MAX_BYTES, RuntimeDir, default_base, sweep_stale
+from legion_shm.transport.runtime_dir import (
+    SOCKET_PATH_MAX_BYTES,
+    RuntimeDir,
+    base_mark,
+    default_base,
+    sweep_stale,
+)
 from legion_shm.transport.segment import create_segment
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +41,7 @@ def test_a_new_directory_is_private_unguessable_and_its_own(base: Path) -> None:
     with RuntimeDir.create(base) as first, RuntimeDir.create(base) as second:
         assert first.path != second.path
         assert first.segment_prefix != second.segment_prefix
+        assert first.segment_prefix.startswith(f"legion-{base_mark(base)}")
         assert mode(base) == mode(first.path) == 0o700
         assert len(first.path.name) >= 16
 
