@@ -88,6 +88,7 @@ class ComfyEngine:
         with _nothing_collected():
             comfy = start_headless(Path(os.path.abspath(found.path)), self._extra_args)
         self._comfy = comfy
+        self._models().keeps = True
         return EngineInfo(
             name=self.name, versions=comfy.versions, node_classes=len(comfy.nodes.NODE_CLASS_MAPPINGS)
         )
@@ -123,8 +124,29 @@ class ComfyEngine:
         comfy = self._started()
         self._validated.clear()
         comfy.model_management.unload_all_models()
+        self._models().forget()
         comfy.executor.reset()
         self._collect(comfy)
+
+    def forget(self, keys: tuple[str, ...]) -> None:
+        """Drop these models of the supervisor's process, with all that ComfyUI's caches made of them."""
+        comfy = self._started()
+        gone = {id(model) for model in self._models().forget(keys)}
+        if not gone:
+            return
+        loaded = comfy.model_management.current_loaded_models
+        for entry in [entry for entry in loaded if entry.model is not None and id(entry.model.model) in gone]:
+            entry.model_unload()
+            loaded.remove(entry)
+        comfy.executor.reset()
+        self._collect(comfy)
+
+    @staticmethod
+    def _models() -> Any:
+        """The models that this worker has been sent."""
+        from legion_shm.supervisor.comfy_models import TABLE
+
+        return TABLE
 
     def close(self) -> None:
         comfy, self._comfy = self._comfy, None

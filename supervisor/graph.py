@@ -128,6 +128,9 @@ class GraphEngine:
                 return
         self._cache.clear()
 
+    def forget(self, keys: tuple[str, ...]) -> None:
+        """Models are kept by the comfy engine alone."""
+
     def close(self) -> None:
         self.free()
 

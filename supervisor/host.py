@@ -212,6 +212,9 @@ class _Host:
             if self._free_wanted:
                 self._free_wanted = False
                 self._send(Freed(*measured(self._free)))
+            forgotten = self._memory.take_forgotten()
+            if forgotten:
+                self._require_engine().forget(forgotten)
             if self._receive_message(self._memory.trim_in_s()) is None:
                 retired = self._memory.trim()
                 if retired:

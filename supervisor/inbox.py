@@ -36,6 +36,7 @@ from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.frames import decode_message
 from legion_shm.transport.messages import (
+    BlocksResident,
     Freed,
     Heartbeat,
     Hello,
@@ -103,6 +104,7 @@ class Inbox:
             JobFailedReply: self._ended,
             JobCancelledReply: self._ended,
             SegmentRequest: self._segment_request,
+            BlocksResident: self._blocks_resident,
             SegmentRetired: self._segments_retired,
             Freed: self._freed,
         }
@@ -214,6 +216,9 @@ class Inbox:
 
     def _segment_request(self, worker: WorkerIO, message: SegmentRequest, now: float) -> None:
         self._lending.request_segment(worker, message.nbytes)
+
+    def _blocks_resident(self, worker: WorkerIO, message: BlocksResident, now: float) -> None:
+        self._lending.worker_resident(worker, message.handles)
 
     def _segments_retired(self, worker: WorkerIO, message: SegmentRetired, now: float) -> None:
         self._lending.retire(worker, message.segments)

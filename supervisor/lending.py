@@ -29,6 +29,7 @@ from legion_shm.transport.leases import LeaseTable
 from legion_shm.transport.messages import (
     BlocksFreed,
     JobDone,
+    ModelsForgotten,
     ResultAccepted,
     SegmentAnnounced,
     SegmentGranted,
@@ -82,6 +83,13 @@ class Lending:
     def resident(self, handle: BlockHandle) -> None:
         """A tensor of the caller lives in this block from now on."""
         self.table.publish(handle, MASTER)
+
+    def worker_resident(self, worker: WorkerIO, handles: tuple[BlockHandle, ...]) -> None:
+        """A worker's own blocks that it may send many times; it has a lease on each meanwhile."""
+        for handle in handles:
+            if handle.arena != worker.arena:
+                raise ProtocolError("BlocksResident: a block in another process's arena")
+            self.table.publish(handle, worker.id)
 
     def own_views_ended(self, handles: Iterable[BlockHandle]) -> None:
         self.table.release_all(handles, MASTER)
@@ -298,6 +306,14 @@ class Lending:
                 worker.segments.difference_update((arena, segment) for segment in known)
                 self._processes.send(worker, SegmentsDropped(arena, known))
 
+    def _tell_forgotten(self) -> None:
+        keys: list[str] = []
+        while self._memory.forgotten:
+            keys.append(self._memory.forgotten.popleft())
+        for worker in self._processes:
+            if worker.ready:
+                self._processes.send(worker, ModelsForgotten(tuple(keys)))
+
     # --- giving back ----------------------------------------------------------------------------------
 
     def next_due_s(self, now: float) -> float | None:
@@ -309,13 +325,15 @@ class Lending:
             times.append(self._idle_since_s + self._settings.idle_trim_s)
         if self._waiting:
             times.append(now + _RETRY_S)
-        if self._memory.live_views():
+        if self._memory.live_views() or self._memory.forgotten:
             times.append(now + self._settings.lease_flush_s)
         return min(times, default=None)
 
     def return_leases(self, now: float) -> None:
         """Hand freed blocks back to their owners: ours at once, workers' after a moment, in company."""
         memory = self._memory
+        if memory.forgotten:
+            self._tell_forgotten()
         own = self.table.drain_freed(memory.arena_id).get(memory.arena_id, ())
         for handle in own:
             memory.free(handle)

@@ -17,6 +17,7 @@ from typing import Any
 
 from legion_shm.errors import ArenaFull
 from legion_shm.ids import new_arena_id
+from legion_shm.supervisor.comfy_source import install_comfy_models
 from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.remote import delivered_types, sending_types
 from legion_shm.supervisor.result import Delivery
@@ -39,6 +40,7 @@ class MasterMemory:
     ``segment_added(arena, segment, nbytes)`` and ``segments_retired(arena, ids)`` hear, in order, what the
     own arena does; ``resident(handle)`` hears of a block that a tensor of the caller lives in from now on;
     ``remotes_dropped(worker, numbers)`` hears, from finalizers too, of handles that are gone.
+    ``forgotten`` takes keys of models that were placed here and are gone, from whatever thread collects them.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class MasterMemory:
         remotes_dropped: Callable[[str, tuple[int, ...]], None],
     ) -> None:
         install_comfy_values()
+        install_comfy_models()
         self.inline_max_bytes = inline_max_bytes
         self.kind: SegmentKind = kind
         self.arena_id = new_arena_id()
@@ -71,6 +74,7 @@ class MasterMemory:
         self._attachments = Attachments()
         self._returned: deque[BlockHandle] = deque()
         self._deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()
+        self.forgotten: deque[str] = deque()
         self._closed = False
         self._arena = Arena(
             arena_id=self.arena_id,

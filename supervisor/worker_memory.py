@@ -16,6 +16,7 @@ from typing import Any
 from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ArenaFull, ProtocolError
+from legion_shm.supervisor.comfy_source import install_comfy_models
 from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.remote import RemoteObjects
 from legion_shm.supervisor.spawn import HostConfig
@@ -28,7 +29,9 @@ from legion_shm.transport.fdpass import SegmentReceiver
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import (
     BlocksFreed,
+    BlocksResident,
     Message,
+    ModelsForgotten,
     RemotesDropped,
     ResultAccepted,
     SegmentAnnounced,
@@ -58,6 +61,7 @@ class WorkerMemory:
         receive: Callable[[float | None], Message | None],
     ) -> None:
         install_comfy_values()
+        install_comfy_models()
         self.inline_max_bytes = config.inline_max_bytes
         self._config, self._send, self._receive = config, send, receive
         self._kind = config.segments
@@ -80,6 +84,9 @@ class WorkerMemory:
         self._answers: deque[SegmentGranted | SegmentRefused] = deque()
         self._returned: deque[BlockHandle] = deque()
         self._kept: dict[str, PackedValues] = {}
+        self.forgotten: deque[str] = deque(maxlen=0)  # others learn it from the supervisor's process alone
+        self._forgotten: deque[str] = deque()
+        self._residents: set[BlockHandle] = set()
         self._idle_since_s: float | None = None
         self.remotes = RemoteObjects(config.worker)
         shim = Shim.here() if config.preloaded else None
@@ -97,7 +104,26 @@ class WorkerMemory:
     # --- the BlockStore that the codec sees ---------------------------------------------------------
 
     def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
-        return self._attachments.find(address, nbytes)
+        found = self._attachments.find(address, nbytes)
+        if found is not None and found[0] in self._residents and not self._arena.isolate(found[0]):
+            return None  # its owner's later writes could be seen, so a copy goes
+        return found
+
+    def resident_buffer(self, nbytes: int) -> Any:
+        """A writable ctypes array of ``nbytes`` in the own arena; its block lives as long as it does."""
+        block = self.reserve(nbytes)
+        try:
+            array = self._attachments.adopt_owned(block.handle, block.address, self._resident_ended)
+        except BaseException:
+            self._arena.free(block.handle)
+            raise
+        self._residents.add(block.handle)
+        self._send(BlocksResident((block.handle,)))
+        return array
+
+    def _resident_ended(self, handle: BlockHandle) -> None:
+        self._residents.discard(handle)
+        self._returned.append(handle)
 
     def adopt(self, address: int, nbytes: int) -> tuple[BlockHandle, int, bool] | None:
         return None if self._born is None else self._born.adopt(address, nbytes)
@@ -203,6 +229,8 @@ class WorkerMemory:
             self.freed(message.handles)
         elif isinstance(message, RemotesDropped):
             self.remotes.drop(message.numbers)
+        elif isinstance(message, ModelsForgotten):
+            self._forgotten.extend(message.keys)
         elif isinstance(message, ResultAccepted):
             self._kept.pop(message.job, None)
         elif isinstance(message, (SegmentGranted, SegmentRefused)):
@@ -241,6 +269,12 @@ class WorkerMemory:
             except IndexError:  # the other thread was faster
                 break
         return tuple(released)
+
+    def take_forgotten(self) -> tuple[str, ...]:
+        """Keys of models that are gone in the supervisor's process, since the last call."""
+        keys = tuple(self._forgotten)
+        self._forgotten.clear()
+        return keys
 
     def live_views(self) -> int:
         return self._attachments.live_views() + self._attachments.undrained()

@@ -18,6 +18,7 @@ from legion_shm.transport.handles import BlockHandle
 __all__ = [
     "HANDLES_MAX",
     "BlocksFreed",
+    "BlocksResident",
     "Cancel",
     "Flags",
     "Free",
@@ -30,6 +31,7 @@ __all__ = [
     "JobFailedReply",
     "LogRecord",
     "Message",
+    "ModelsForgotten",
     "Names",
     "NodeNotes",
     "NodeRows",
@@ -238,6 +240,17 @@ class Freed(Message):
     gpu_bytes: int
 
 
+@dataclass(frozen=True)
+class BlocksResident(Message):
+    """Blocks of the worker's own arena in which something lives that may be sent many times.
+
+    Its lease on each of them ends as one on a delivery does.
+    """
+
+    code = 16
+    handles: Handles
+
+
 # --- supervisor to worker -------------------------------------------------------------------------
 
 
@@ -334,6 +347,14 @@ class RemotesDropped(Message):
 
     code = 42
     numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelsForgotten(Message):
+    """Models that are gone in the supervisor's process: what the worker keeps of them is of no use now."""
+
+    code = 43
+    keys: Names
 
 
 HANDLES_MAX = 10_000

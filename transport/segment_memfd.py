@@ -45,6 +45,10 @@ _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: nobody can 
 _MAX_LANES = 4
 """Whole-segment mappings kept for reuse; a fifth simultaneous view of one block gets a mapping of its own."""
 
+_POPULATE_MAX_BYTES = 256 * 1024 * 1024
+"""Larger blocks are mapped page by page as they are read: a model's weights may be delivered often and read
+the first time only."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
@@ -140,7 +144,8 @@ class _OwnMapping(BlockMapping):
 
     def __init__(self, fd: int, offset: int, nbytes: int) -> None:
         self._memory: _Memory | None = _Memory(nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd, offset)
-        self._memory.populate(0, nbytes, _MADV_POPULATE_READ)
+        if nbytes <= _POPULATE_MAX_BYTES:
+            self._memory.populate(0, nbytes, _MADV_POPULATE_READ)
         self.address = self._memory.address
         self.nbytes = nbytes
 
@@ -230,7 +235,8 @@ class MemfdSegment(Segment):
             if lane is None:
                 return _OwnMapping(fd, offset, span)
             # First read of 25 MB: 0.7 ms by faults, 0.4 ms with this.
-            lane.populate(offset, span, _MADV_POPULATE_READ)
+            if span <= _POPULATE_MAX_BYTES:
+                lane.populate(offset, span, _MADV_POPULATE_READ)
         return _LaneMapping(self, lane, offset, span)
 
     def isolate(self, offset: int, nbytes: int) -> bool:

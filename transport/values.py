@@ -8,7 +8,7 @@ decoder did not look at. It registers no lease and sends nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from legion_shm.errors import ArenaFull, LegionError
@@ -26,6 +26,7 @@ from legion_shm.transport.codec import (
 )
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import ValueNote, Values
+from legion_shm.transport.residence import Placing, residing
 
 __all__ = ["EXTRA_DATA", "FOLDERS", "REPORT", "PackedValues", "discard", "pack", "unpack"]
 
@@ -75,17 +76,19 @@ def pack(
     keep: list[EncodedValue] = []
     fresh = Fresh() if len(values) > 1 else None
     try:
-        for name, value in values.items():
-            encoded = encode(
-                value, store, path=name.lstrip("\0"), types=types, fresh=fresh, hold_copied=hold_copied
-            )
-            keep.append(encoded)
-            stats[name] = encoded.stats
-            identity = None
-            if fresh is None or fresh.handles.isdisjoint(encoded.blocks):
-                identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
-            numbers = _numbers(encoded.stats)
-            notes.append((name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers))
+        with residing(store) as placing:
+            for name, value in values.items():
+                placing.copied_bytes = placing.copies = 0
+                encoded = encode(
+                    value, store, path=name.lstrip("\0"), types=types, fresh=fresh, hold_copied=hold_copied
+                )
+                keep.append(encoded)
+                stats[name] = figures = _with_placed(encoded.stats, placing)
+                identity = None
+                if fresh is None or fresh.handles.isdisjoint(encoded.blocks):
+                    identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
+                numbers = _numbers(figures)
+                notes.append((name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers))
     except BaseException:
         discard(tuple(notes), store)
         raise
@@ -99,6 +102,18 @@ def discard(values: Values, store: BlockStore) -> None:
         for handle, new in zip(blocks, owned, strict=True):
             if new:
                 store.discard(handle)
+
+
+def _with_placed(stats: TransferStats, placing: Placing) -> TransferStats:
+    """What a reducer placed for this value was copied too; the codec saw it as lying in a block already."""
+    if not placing.copies:
+        return stats
+    return replace(
+        stats,
+        copied_bytes=stats.copied_bytes + placing.copied_bytes,
+        copies=stats.copies + placing.copies,
+        referenced_bytes=max(0, stats.referenced_bytes - placing.copied_bytes),
+    )
 
 
 def _numbers(stats: TransferStats) -> tuple[int, ...]:
@@ -147,20 +162,22 @@ def unpack(
     result: dict[str, object] = {}
     pending = [handle for _, _, blocks, _, _, _ in values for handle in blocks]
     try:
-        for name, tree, blocks, _, _, _ in values:
-            viewed = _Viewed(store)
-            try:
-                result[name] = decode(tree, blocks, viewed, devices=devices, path=name, types=types)
-            except (OSError, MemoryError) as error:
-                if isinstance(error, LegionError):
-                    raise
-                raise ArenaFull(
-                    f"{name.lstrip(chr(0))!r} arrived, and this process could not map it: {error}; it is at "
-                    "a limit of memory, mappings or open files (ulimit -v, vm.max_map_count, ulimit -n)"
-                ) from error
-            finally:
-                for handle in viewed.taken:
-                    pending.remove(handle)
+        with residing(store):
+            for name, tree, blocks, _, _, _ in values:
+                viewed = _Viewed(store)
+                try:
+                    result[name] = decode(tree, blocks, viewed, devices=devices, path=name, types=types)
+                except (OSError, MemoryError) as error:
+                    if isinstance(error, LegionError):
+                        raise
+                    raise ArenaFull(
+                        f"{name.lstrip(chr(0))!r} arrived, and this process could not map it: {error}; it is "
+                        "at a limit of memory, mappings or open files (ulimit -v, vm.max_map_count, "
+                        "ulimit -n)"
+                    ) from error
+                finally:
+                    for handle in viewed.taken:
+                        pending.remove(handle)
     finally:
         for handle in pending:
             give_back(handle)

@@ -1,0 +1,485 @@
+"""How a live object is written as a plan: plain data that says how to make its equal in another process.
+
+    object ── PlanWriter ──▶ tokens (MessagePack) + tensors, in order + the packages that it builds upon
+
+Owns the walk on the sending side, and the format; `comfy_models_build` reads it. An object is its class, by
+name, and its attributes, as values; nothing is pickled and no `__reduce__` is asked. The same object twice is
+one object on the other side. What can't be written raises `UnsupportedValue` with its path.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+
+from legion_shm.errors import UnsupportedValue
+from legion_shm.supervisor.comfy_models_names import Names
+
+__all__ = ["Adapter", "Fields", "PlanWriter", "Tag", "kind_of", "members_of"]
+
+
+class Tag(enum.IntEnum):
+    """What a token in brackets is."""
+
+    REF = 0  # an object that came before: its number
+    LIST = 1
+    TUPLE = 2
+    DICT = 3  # pairs
+    SET = 4
+    FROZENSET = 5
+    INT = 6  # beyond 64 bits
+    COMPLEX = 7
+    RANGE = 8
+    SLICE = 9
+    NAMED = 10  # a class or function: module, name
+    CODE = (
+        11  # a function: module, digest, name, qualified name, defaults, keyword defaults, cells, attributes
+    )
+    CELL = 12
+    CLASS = 13  # a class made inside of a function: module, names, bases, its namespace
+    METHOD = 14  # function, self
+    PARTIAL = 15
+    MODULE = 16
+    TENSOR = 17  # its number among the tensors
+    DTYPE = 18
+    SIZE = 19
+    NDARRAY = 20
+    ENUM = 21  # class, name
+    OBJECT = 22  # class, attributes
+    TORCH_MODULE = 23  # class, training, attributes, parameters, buffers, names of buffers not saved, modules
+    CONTAINER = 24  # class, items, attributes: a subclass of dict or list
+    STATIC = 25
+    CLASSMETHOD = 26
+    PROPERTY = 27
+    PACKAGE = 28  # its key
+    SPECIAL = 29  # name, state
+    ORDERED_DICT = 30
+    ELLIPSIS = 31
+    BYTEARRAY = 32
+    LAYOUT = 33  # a torch.layout or memory_format, by name
+    DEFAULT_DICT = 34
+    DEQUE = 35
+
+
+_SKIPPED = frozenset(
+    {"__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__"}
+    | {"__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
+)
+_TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
+_TORCH_NEW = vars(torch.nn.Module())
+"""What every torch module has; attributes that are still as empty as at its start are not written."""
+
+
+class Fields(dict[str, Any]):
+    """A dict that stands for an object's attributes, and is so named in errors."""
+
+
+class Adapter:
+    """What the writer asks about an object before it writes it in its own way. This one has no opinion."""
+
+    def package(self, value: Any) -> str | None:
+        """The key of the package that the object is, for one that is sent apart from what refers to it."""
+        del value
+        return None
+
+    def special(self, value: Any) -> tuple[str, object] | None:
+        """A name and a state for an object that has a way of its own."""
+        del value
+        return None
+
+    def attributes(self, value: Any, attributes: Mapping[str, object]) -> Mapping[str, object]:
+        """The attributes to send of an object."""
+        del value
+        return attributes
+
+    def parameter(self, module: Any, name: str, value: Any) -> Any:
+        """The tensor to send for a module's parameter or buffer."""
+        del module, name
+        return value
+
+
+class PlanWriter:
+    """One walk. ``tensors`` are those met, ``packages`` the keys of those that the plan builds upon.
+
+    ``root`` is written out even where the adapter takes it for a package: it is the package.
+    """
+
+    def __init__(self, names: Names, adapter: Adapter, *, root: object = None) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.packages: dict[str, None] = {}
+        self.names = names
+        self.adapter = adapter
+        self._root = root
+        self._numbers: dict[int, int] = {}
+        self._open: set[int] = set()
+        self._alive: list[object] = []
+        self._kinds: dict[type, Callable[[Any], Any]] = {}
+
+    def write(self, value: object) -> bytes:
+        """The plan of ``value``. Raises UnsupportedValue; its ``path`` leads to what can't be sent."""
+        try:
+            plan: bytes = msgpack.packb(self.node(value), unicode_errors="surrogatepass")
+        except RecursionError as error:
+            raise UnsupportedValue("it is nested too deep", path="") from error
+        return plan
+
+    def node(self, value: Any) -> Any:
+        kind = kind_of(value)
+        if value is None or kind is bool or kind is float or kind is str or kind is bytes:
+            return value
+        leaf = _LEAVES.get(kind)
+        if leaf is not None:
+            return leaf(value)
+        number = self._numbers.get(id(value))
+        if number is not None:
+            if id(value) in self._open:
+                raise UnsupportedValue(f"this {kind.__name__} contains itself", path="")
+            return [Tag.REF, number]
+        self._numbers[id(value)] = len(self._numbers)
+        self._alive.append(value)
+        writer = _WRITERS.get(kind)
+        if writer is not None:
+            return writer(self, value)
+        if value is not self._root:
+            key = self.adapter.package(value)
+            if key is not None:
+                self.packages[key] = None
+                return [Tag.PACKAGE, key]
+        special = self.adapter.special(value)
+        if special is not None:
+            return [Tag.SPECIAL, special[0], self.part(special[1], "")]
+        write = self._kinds.get(kind)
+        if write is None:
+            write = self._kinds[kind] = self._writer_of(kind)
+        return write(value)
+
+    def part(self, value: object, step: str) -> Any:
+        """A part of a value that ``step`` leads to."""
+        try:
+            return self.node(value)
+        except UnsupportedValue as error:
+            raise UnsupportedValue(str(error), path=step + error.path) from error.__cause__
+
+    def closed(self, value: object, write: Callable[[], Any]) -> Any:
+        """Write what must be complete on the other side before anything but a cell can refer to it."""
+        self._open.add(id(value))
+        try:
+            return write()
+        finally:
+            self._open.discard(id(value))
+
+    def cell(self, content: object) -> Any:
+        """What a closure's cell holds, which may be the very class or function that is being written."""
+        if id(content) in self._open:
+            return [Tag.REF, self._numbers[id(content)]]
+        return self.part(content, "")
+
+    # --- containers ---------------------------------------------------------------------------------
+
+    def items(self, values: Iterable[object]) -> list[Any]:
+        return [self.part(value, f"[{index}]") for index, value in enumerate(values)]
+
+    def pairs(self, values: Mapping[Any, object]) -> list[Any]:
+        tokens: list[Any] = []
+        for key, value in values.items():
+            tokens.append(key if type(key) is str else self.part(key, ".<key>"))
+            tokens.append(self.part(value, f"[{key!r:.60}]" if type(key) in (str, int) else "[<key>]"))
+        return tokens
+
+    def named_parts(self, values: Mapping[str, object]) -> list[Any]:
+        tokens: list[Any] = []
+        for name, value in values.items():
+            tokens.append(name)
+            tokens.append(self.part(value, f".{name}"))
+        return tokens
+
+    # --- everything else ----------------------------------------------------------------------------
+
+    def _writer_of(self, kind: type) -> Callable[[Any], Any]:
+        if issubclass(kind, torch.nn.Module):
+            return self._torch_module
+        if issubclass(kind, type):
+            return lambda value: self.closed(value, lambda: self._class(value))
+        if issubclass(kind, enum.Enum):
+            return self._enum
+        if issubclass(kind, torch.Tensor):
+            return self._tensor_subclass
+        if issubclass(kind, (dict, list, tuple)):
+            return self._container
+        return self._object
+
+    def _class(self, kind: type) -> Any:
+        named = self.names.named(kind)
+        if named is not None:
+            return [Tag.NAMED, *named]
+        if type(kind) is not type:
+            raise UnsupportedValue(f"the class {_name(kind)} is not found by its name", path="")
+        wire = self.names.module_name(kind.__module__)
+        bases = [self.part(base, "") for base in kind.__bases__]
+        space: dict[str, object] = {}
+        for name, item in vars(kind).items():
+            if name not in _SKIPPED:
+                if isinstance(item, (types.MemberDescriptorType, types.GetSetDescriptorType)):
+                    raise UnsupportedValue(f"the class {_name(kind)} has slots", path=f".{name}")
+                space[name] = item
+        return [Tag.CLASS, wire, kind.__name__, kind.__qualname__, bases, self.named_parts(space)]
+
+    def _enum(self, value: enum.Enum) -> Any:
+        name = value.name
+        if type(value).__members__.get(name) is not value:
+            raise UnsupportedValue(f"{value!r} has no name", path="")
+        return [Tag.ENUM, self.part(type(value), ""), name]
+
+    def _torch_module(self, value: torch.nn.Module) -> Any:
+        head = self.part(type(value), "")
+        own = vars(value)
+        adapter = self.adapter
+        others = {
+            name: item
+            for name, item in adapter.attributes(value, own).items()
+            if name not in _TORCH_OWN and not (name in _TORCH_NEW and _as_new(name, item))
+        }
+        attributes = self.named_parts(others)
+        tensors: list[Any] = []
+        for group in ("_parameters", "_buffers"):
+            part: list[Any] = []
+            for name, item in own[group].items():
+                part.append(name)
+                part.append(self.part(adapter.parameter(value, name, item), f".{name}"))
+            tensors.append(part)
+        modules = self.named_parts(adapter.attributes(value, own["_modules"]))
+        kept = sorted(own["_non_persistent_buffers_set"])
+        return [Tag.TORCH_MODULE, head, own["training"], attributes, *tensors, kept, modules]
+
+    def _tensor_subclass(self, value: torch.Tensor) -> Any:
+        raise UnsupportedValue(f"{_name(type(value))}, a subclass of torch.Tensor, can't be sent", path="")
+
+    def _container(self, value: Any) -> Any:
+        kind = kind_of(value)
+        head = self.part(kind, "")
+        if issubclass(kind, tuple):
+            return [Tag.CONTAINER, head, self.closed(value, lambda: self.items(value)), []]
+        items = self.pairs(value) if issubclass(kind, dict) else self.items(value)
+        state = members_of(value)
+        return [Tag.CONTAINER, head, items, self.named_parts(self.adapter.attributes(value, state))]
+
+    def _object(self, value: Any) -> Any:
+        kind = kind_of(value)
+        if kind.__flags__ & (1 << 9) == 0 or _is_native(kind):  # not a class written in Python
+            raise UnsupportedValue(f"{_name(kind)} has no way to be sent", path="")
+        head = self.part(kind, "")
+        attributes = self.adapter.attributes(value, members_of(value))
+        return [Tag.OBJECT, head, self.named_parts(attributes)]
+
+
+def kind_of(value: object) -> type[Any]:
+    return type(value)
+
+
+def members_of(value: object) -> dict[str, object]:
+    """An object's attributes: its slots that are set, then its `__dict__`."""
+    found: dict[str, object] = {}
+    for base in reversed(type(value).__mro__[:-1]):
+        for name, item in vars(base).items():
+            if type(item) is types.MemberDescriptorType and name not in ("__dict__", "__weakref__"):
+                try:
+                    found[name] = item.__get__(value)
+                except AttributeError:  # not set
+                    continue
+    found.update(getattr(value, "__dict__", ()))
+    return found
+
+
+def _is_native(kind: type) -> bool:
+    """Whether blank instances can't be made by `object.__new__`: there is state that Python doesn't see."""
+    try:
+        object.__new__(kind)
+    except TypeError:
+        return True
+    return False
+
+
+def _as_new(name: str, item: object) -> bool:
+    new = _TORCH_NEW[name]
+    return type(item) is type(new) and (item == new if not isinstance(new, dict) else not item)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+Writer = Callable[[PlanWriter, Any], Any]
+
+
+def _int(value: int) -> Any:
+    if -(2**63) <= value < 2**64:
+        return value
+    return [Tag.INT, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)]
+
+
+def _text_of(tag: Tag) -> Callable[[Any], Any]:
+    return lambda value: [tag, str(value).removeprefix("torch.")]
+
+
+_LEAVES: dict[type, Callable[[Any], Any]] = {
+    int: _int,
+    complex: lambda value: [Tag.COMPLEX, value.real, value.imag],
+    range: lambda value: [Tag.RANGE, value.start, value.stop, value.step],
+    type(Ellipsis): lambda _value: [Tag.ELLIPSIS],
+    torch.dtype: _text_of(Tag.DTYPE),
+    torch.layout: _text_of(Tag.LAYOUT),
+    torch.memory_format: _text_of(Tag.LAYOUT),
+    torch.Size: lambda value: [Tag.SIZE, *value],
+}
+"""What has no identity worth keeping."""
+
+
+def _list(writer: PlanWriter, value: list[Any]) -> Any:
+    return [Tag.LIST, *writer.items(value)]
+
+
+def _tuple(writer: PlanWriter, value: tuple[Any, ...]) -> Any:
+    return writer.closed(value, lambda: [Tag.TUPLE, *writer.items(value)])
+
+
+def _dict(writer: PlanWriter, value: dict[Any, Any]) -> Any:
+    return [Tag.DICT, *writer.pairs(value)]
+
+
+def _ordered_dict(writer: PlanWriter, value: dict[Any, Any]) -> Any:
+    return [Tag.ORDERED_DICT, *writer.pairs(value)]
+
+
+def _set(writer: PlanWriter, value: set[Any]) -> Any:
+    return writer.closed(value, lambda: [Tag.SET, *writer.items(value)])
+
+
+def _frozenset(writer: PlanWriter, value: frozenset[Any]) -> Any:
+    return writer.closed(value, lambda: [Tag.FROZENSET, *writer.items(value)])
+
+
+def _slice(writer: PlanWriter, value: Any) -> Any:
+    return writer.closed(value, lambda: [Tag.SLICE, *writer.items((value.start, value.stop, value.step))])
+
+
+def _bytearray(_writer: PlanWriter, value: bytearray) -> Any:
+    return [Tag.BYTEARRAY, bytes(value)]
+
+
+def _function(writer: PlanWriter, value: Any) -> Any:
+    named = writer.names.named(value)
+    if named is not None:
+        return [Tag.NAMED, *named]
+    if not isinstance(value, types.FunctionType):
+        raise UnsupportedValue(f"the native function {value!r:.100} is not found by its name", path="")
+    code = writer.names.code_of(value)
+    function = value
+
+    def write() -> Any:
+        path = f".{function.__name__}"
+        fixed = writer.part(function.__defaults__, path), writer.part(function.__kwdefaults__, path)
+        cells = [
+            writer.part(cell, f"{path}.{name}")
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        ]
+        state = writer.named_parts(vars(function))
+        return [Tag.CODE, *code, function.__name__, function.__qualname__, *fixed, cells, state]
+
+    return writer.closed(function, write)
+
+
+def _cell(writer: PlanWriter, value: types.CellType) -> Any:
+    try:
+        content = value.cell_contents
+    except ValueError:  # empty
+        return [Tag.CELL]
+    return [Tag.CELL, writer.cell(content)]
+
+
+def _method(writer: PlanWriter, value: types.MethodType) -> Any:
+    return writer.closed(
+        value, lambda: [Tag.METHOD, writer.part(value.__func__, ""), writer.part(value.__self__, ".__self__")]
+    )
+
+
+def _partial(writer: PlanWriter, value: Any) -> Any:
+    return writer.closed(
+        value,
+        lambda: [Tag.PARTIAL, writer.part(value.func, ".func"), *writer.items((value.args, value.keywords))],
+    )
+
+
+def _module(writer: PlanWriter, value: types.ModuleType) -> Any:
+    name = writer.names.module_name(value.__name__)
+    if not writer.names.allows(name):
+        raise UnsupportedValue(
+            f"the module {value.__name__} is not of a package that models may use", path=""
+        )
+    return [Tag.MODULE, name]
+
+
+def _tensor(writer: PlanWriter, value: torch.Tensor) -> Any:
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        raise UnsupportedValue("this tensor is sparse, quantized or nested", path="")
+    if value.requires_grad and not value.is_leaf:
+        raise UnsupportedValue("this tensor is part of a graph of gradients; detach() it", path="")
+    writer.tensors.append(value)
+    number = len(writer.tensors) - 1
+    return [Tag.TENSOR, number, writer.named_parts(writer.adapter.attributes(value, vars(value)))]
+
+
+def _array(_writer: PlanWriter, value: Any) -> Any:
+    if value.dtype.hasobject:
+        raise UnsupportedValue("this array holds Python objects", path="")
+    return [Tag.NDARRAY, value.dtype.str, list(value.shape), value.tobytes()]
+
+
+def _wrapped(tag: Tag) -> Writer:
+    return lambda writer, value: writer.closed(value, lambda: [tag, writer.part(value.__func__, "")])
+
+
+def _property(writer: PlanWriter, value: property) -> Any:
+    return writer.closed(value, lambda: [Tag.PROPERTY, *writer.items((value.fget, value.fset, value.fdel))])
+
+
+def _default_dict(writer: PlanWriter, value: Any) -> Any:
+    return [Tag.DEFAULT_DICT, writer.part(value.default_factory, ".default_factory"), *writer.pairs(value)]
+
+
+def _deque(writer: PlanWriter, value: Any) -> Any:
+    return [Tag.DEQUE, value.maxlen, *writer.items(value)]
+
+
+_WRITERS: dict[type, Writer] = {
+    list: _list,
+    tuple: _tuple,
+    dict: _dict,
+    collections.OrderedDict: _ordered_dict,
+    collections.defaultdict: _default_dict,
+    Fields: lambda writer, value: [Tag.DICT, *writer.named_parts(value)],
+    collections.deque: _deque,
+    set: _set,
+    frozenset: _frozenset,
+    slice: _slice,
+    bytearray: _bytearray,
+    types.FunctionType: _function,
+    types.BuiltinFunctionType: _function,
+    types.CellType: _cell,
+    types.MethodType: _method,
+    functools.partial: _partial,
+    types.ModuleType: _module,
+    torch.Tensor: _tensor,
+    torch.nn.Parameter: _tensor,
+    np.ndarray: _array,
+    staticmethod: _wrapped(Tag.STATIC),
+    classmethod: _wrapped(Tag.CLASSMETHOD),
+    property: _property,
+}

@@ -1,0 +1,104 @@
+"""A node pack for the tests of models: copied into a worker's custom_nodes. They look at what came."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+
+
+class AnyType(str):
+    __slots__ = ()
+
+    def __ne__(self, _other: object) -> bool:
+        return False
+
+
+ANY = AnyType("*")
+
+
+def digest(tensors: Any) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def torch_module(value: Any) -> Any:
+    """The torch module behind a MODEL, CLIP, VAE or other object."""
+    for name in ("model", "cond_stage_model", "first_stage_model", "control_model"):
+        found = getattr(value, name, None)
+        if isinstance(found, torch.nn.Module):
+            return found
+    raise TypeError(f"no torch module in a {type(value).__name__}")
+
+
+class _Probe:
+    RETURN_TYPES: tuple[str, ...] = ("*",)
+    FUNCTION = "run"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name
+        return {"required": {"value": (ANY,)}}
+
+
+class ModelsLook(_Probe):
+    """What kind of object it is, a digest of its weights, and which process this is."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        module = torch_module(value)
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return ([kind, type(module).__name__, digest(module.state_dict().values()), os.getpid()],)
+
+
+class ModelsWrite(_Probe):
+    """Writes into the weights in place, as a careless node might."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        module = torch_module(value)
+        with torch.inference_mode(mode=False):
+            for parameter in module.parameters():
+                parameter.data.add_(1.0)
+        return (digest(module.state_dict().values()),)
+
+
+class ModelsSame(_Probe):
+    """Whether two objects share one torch module here."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name
+        return {"required": {"value": (ANY,), "other": (ANY,)}}
+
+    def run(self, value: Any, other: Any) -> tuple[Any]:
+        return (torch_module(value) is torch_module(other),)
+
+
+class ModelsStyle(_Probe):
+    """A STYLE_MODEL's answer to a fixed CLIP_VISION_OUTPUT."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        class Output:
+            last_hidden_state = torch.linspace(-1, 1, 2 * 16 * 1024).reshape(2, 16, 1024)
+
+        return (value.get_cond(Output()),)
+
+
+class ModelsPatch(_Probe):
+    """Puts a patch of this pack into a model, which other packages may not know."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        patched = value.clone()
+        patched.set_model_sampler_post_cfg_function(half)
+        return (patched,)
+
+
+def half(args: Any) -> Any:
+    return args["denoised"] * 0.5
+
+
+NODE_CLASS_MAPPINGS = {
+    kind.__name__: kind for kind in (ModelsLook, ModelsPatch, ModelsSame, ModelsStyle, ModelsWrite)
+}

@@ -1,0 +1,72 @@
+"""Which memory is encoding or decoding a value just now, for codecs that keep something in shared memory.
+
+A reducer may place what it will send again, as a model's weights, into a block of its own once
+(`BlockStore.resident_buffer`), and send that block's tensor each time: by handle, with nothing copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Generator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+__all__ = ["Placing", "Residence", "current_residence", "note_placed", "residing"]
+
+
+class Residence(Protocol):
+    """The shared memory of this process, as far as such a codec needs it."""
+
+    def resident_buffer(self, nbytes: int) -> Any:
+        """A writable ctypes array of ``nbytes`` in the arena, whose block lives as long as it does.
+
+        Raises `ArenaFull`.
+        """
+        ...
+
+    @property
+    def forgotten(self) -> deque[str]:
+        """Takes the keys of what was placed here to be sent often and is gone. Appended to by finalizers."""
+        ...
+
+
+_current: ContextVar[Residence | None] = ContextVar("legion_residence", default=None)
+
+
+def current_residence() -> Residence | None:
+    """The memory whose `pack` or `unpack` called this; None outside of them."""
+    return _current.get()
+
+
+@dataclass
+class Placing:
+    """What reducers copied into blocks of their own, for the figures of the value that is being encoded."""
+
+    copied_bytes: int = 0
+    copies: int = 0
+
+
+_placing: ContextVar[Placing | None] = ContextVar("legion_placing", default=None)
+
+
+def note_placed(nbytes: int) -> None:
+    """One more copy into a resident block."""
+    placing = _placing.get()
+    if placing is not None:
+        placing.copied_bytes += nbytes
+        placing.copies += 1
+
+
+@contextlib.contextmanager
+def residing(memory: object) -> Generator[Placing, None, None]:
+    """Let what is encoded or decoded inside find this memory, if it can hold anything for longer."""
+    placing = Placing()
+    residence = cast("Residence", memory) if hasattr(memory, "resident_buffer") else None
+    memory_token, placing_token = _current.set(residence), _placing.set(placing)
+    try:
+        yield placing
+    finally:
+        _current.reset(memory_token)
+        _placing.reset(placing_token)
