@@ -274,7 +274,10 @@ class PlanWriter:
     def _object(self, value: Any) -> Any:
         kind = kind_of(value)
         if kind.__flags__ & (1 << 9) == 0 or _is_native(kind):  # not a class written in Python
-            raise UnsupportedValue(f"{_name(kind)} has no way to be sent", path="")
+            text = (
+                f"{_name(kind)} holds what Python can't see; keep it out of the model, or send it by itself"
+            )
+            raise UnsupportedValue(f"{text} with a codec (legion_shm.register_codec)", path="")
         head = self.part(kind, "")
         attributes = self.adapter.attributes(value, members_of(value))
         return [Tag.OBJECT, head, self.named_parts(attributes)]

@@ -8,6 +8,7 @@ text of their own. It never walks a model.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import uuid
 import weakref
@@ -236,6 +237,12 @@ def _sentence_pieces(payload: bytes) -> Any:
     return _library("sentencepiece").SentencePieceProcessor(model_proto=payload)
 
 
+def _bytes_io(state: tuple[bytes, int]) -> Any:
+    made = io.BytesIO(state[0])
+    made.seek(state[1])
+    return made
+
+
 def _pattern(state: tuple[str, str, int]) -> Any:
     library, pattern, flags = state
     if library not in ("re", "regex"):
@@ -258,6 +265,7 @@ _REDUCE: dict[tuple[str, str], tuple[str, Callable[[Any], object]]] = {
         },
     ),
     ("sentencepiece", "SentencePieceProcessor"): ("pieces", lambda value: value.serialized_model_proto()),
+    ("_io", "BytesIO"): ("bytes_io", lambda value: (value.getvalue(), value.tell())),
     ("comfy.hooks", "_HookRef"): ("hook_ref", _hook_ref_name),
 }
 _RESTORE: dict[str, Callable[[Any], object]] = {
@@ -267,6 +275,7 @@ _RESTORE: dict[str, Callable[[Any], object]] = {
     "tokenizer": _tokenizer,
     "added_token": _added_token,
     "pieces": _sentence_pieces,
+    "bytes_io": _bytes_io,
     "hook_ref": _hook_ref,
 }
 

@@ -38,11 +38,10 @@ _VALUE_MODULES = (
 _CLASSES = {
     ("comfy.clip_vision", "Output"),
     ("comfy.samplers", "KSAMPLER"),
-    ("comfy.samplers", "CFGGuider"),
     ("comfy_extras.nodes_hunyuan3d", "VOXEL"),
     ("comfy_extras.nodes_hunyuan3d", "MESH"),
 }
-_BASES = {("comfy.samplers", "CFGGuider"), ("comfy.samplers", "KSAMPLER")}
+_BASES = {("comfy.samplers", "KSAMPLER")}
 _NOISE = ("comfy_extras.nodes_custom_sampler", "Noise_")
 _MODULE_CLASSES = {("torch.nn.modules.module", "Module")}
 

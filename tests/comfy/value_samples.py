@@ -147,30 +147,42 @@ def _module(kind: str, *names: str) -> Row:
     return (kind, names[0].rpartition(":")[2], "the class", make)
 
 
+def _patcher() -> Any:
+    """A model as patchers hold it: its own kind does not matter to how it crosses (test_comfy_models.py)."""
+    cpu = torch.device("cpu")
+    return find("comfy.model_patcher:ModelPatcher")(torch.nn.Linear(2, 2), cpu, cpu)
+
+
+def patcher(kind: str) -> Row:
+    return (kind, "ModelPatcher", "the class", _patcher)
+
+
+def _control() -> Any:
+    return find("comfy.controlnet:ControlNet")(torch.nn.Linear(2, 2), load_device=torch.device("cpu"))
+
+
 def _guider() -> Any:
-    patcher = find("comfy.model_patcher:ModelPatcher")(torch.nn.Linear(2, 2), "cpu", "cpu")
-    patcher.model_options = {"transformer_options": {}}
-    return run("CFGGuider", model=patcher, positive=cond(), negative=cond(), cfg=3.0)[0]
+    return run("CFGGuider", model=_patcher(), positive=cond(), negative=cond(), cfg=3.0)[0]
 
 
 MODELS = [
-    bare("MODEL", "comfy.model_patcher:ModelPatcher"),
+    patcher("MODEL"),
     bare("CLIP", "comfy.sd:CLIP"),
     bare("VAE", "comfy.sd:VAE"),
-    bare("CONTROL_NET", "comfy.controlnet:ControlNet"),
+    ("CONTROL_NET", "ControlNet", "the class", lambda: _control()),
     bare("CLIP_VISION", "comfy.clip_vision:ClipVisionModel"),
     bare("STYLE_MODEL", "comfy.sd:StyleModel"),
-    bare("GLIGEN", "comfy.model_patcher:ModelPatcher"),
+    patcher("GLIGEN"),
     bare("UPSCALE_MODEL", "spandrel:ImageModelDescriptor"),
     bare("LATENT_UPSCALE_MODEL", "comfy.ldm.hunyuan_video.upsampler:HunyuanVideo15SRModel"),
     bare("BACKGROUND_REMOVAL", "comfy.bg_removal_model:BackgroundRemovalModel"),
-    bare("MODEL_PATCH", "comfy.model_patcher:ModelPatcher"),
+    patcher("MODEL_PATCH"),
     bare("AUDIO_ENCODER", "comfy.audio_encoders.audio_encoders:AudioEncoderModel"),
     _module("PHOTOMAKER", "comfy_extras.nodes_photomaker:PhotoMakerIDEncoder"),
-    bare("DA3_MODEL", "comfy.model_patcher:ModelPatcher"),
-    bare("MOGE_MODEL", "comfy.model_patcher:ModelPatcher"),
-    bare("INTERP_MODEL", "comfy.model_patcher:ModelPatcher"),
-    bare("FACE_DETECTION_MODEL", "comfy.model_patcher:ModelPatcher"),
+    patcher("DA3_MODEL"),
+    patcher("MOGE_MODEL"),
+    patcher("INTERP_MODEL"),
+    patcher("FACE_DETECTION_MODEL"),
     _module("OPTICAL_FLOW", "torch.nn:Linear"),
 ]
 
@@ -257,13 +269,13 @@ def samples() -> list[Row]:
             "CONDITIONING",
             "control",
             "ControlNet",
-            lambda: cond(control=object.__new__(find("comfy.controlnet:ControlNet"))),
+            lambda: cond(control=_control()),
         ),
         (
             "CONDITIONING",
             "gligen",
             "ModelPatcher",
-            lambda: cond(gligen=("position", object.__new__(find("comfy.model_patcher:ModelPatcher")), [])),
+            lambda: cond(gligen=("position", _patcher(), [])),
         ),
     ]
     sampling: list[Row] = [

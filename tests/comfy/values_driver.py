@@ -24,6 +24,7 @@ import torch
 
 from legion_shm import LegionError, Supervisor, UnsupportedValue, WorkerSpec
 from legion_shm.supervisor.comfy import ComfyEngine
+from legion_shm.supervisor.comfy_models_special import patcher_attributes
 from legion_shm.transport.codec_objects import fields_of
 
 _PASS = {
@@ -55,9 +56,10 @@ def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value")
         same = (sent.getvalue(), sent.tell()) == (got.getvalue(), got.tell())
         return None if same else f"{where}: another stream"
     if isinstance(sent, types.FunctionType):
-        if "<locals>" not in sent.__qualname__:
+        if "<" not in sent.__qualname__:  # else it has no name to be found by
             return None if sent is got else f"{where}: another function"
-        if sent.__code__ != got.__code__:
+        # Not the code objects: of two equal lambdas in one module, either is the other.
+        if sent.__code__.co_code != got.__code__.co_code or sent.__code__.co_consts != got.__code__.co_consts:
             return f"{where}: another function's code"
         sent, got = ([cell.cell_contents for cell in one.__closure__ or ()] for one in (sent, got))
         return difference(sent, got, pairs, f"{where}'s closure")
@@ -80,7 +82,15 @@ def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value")
         return next((text for text in found if text), None)
     if type(sent).__module__ == "fractions":
         return None if sent == got else f"{where}: another number"
-    return difference(fields_of(sent), fields_of(got), pairs, where)
+    return difference(_lasting(sent), _lasting(got), pairs, where)
+
+
+def _lasting(value: Any) -> dict[str, object]:
+    """An object's fields; of a ModelPatcher those that are not about where it is loaded just now."""
+    fields = fields_of(value)
+    if "object_patches_backup" in fields:
+        return {**patcher_attributes(value), "model": fields["model"], "load_device": fields["load_device"]}
+    return fields
 
 
 def tensor_difference(sent: torch.Tensor, got: torch.Tensor, where: str) -> str | None:
