@@ -169,7 +169,7 @@ MODELS = [
     patcher("MODEL"),
     bare("CLIP", "comfy.sd:CLIP"),
     bare("VAE", "comfy.sd:VAE"),
-    ("CONTROL_NET", "ControlNet", "the class", lambda: _control()),
+    ("CONTROL_NET", "ControlNet", "the class", _control),
     bare("CLIP_VISION", "comfy.clip_vision:ClipVisionModel"),
     bare("STYLE_MODEL", "comfy.sd:StyleModel"),
     patcher("GLIGEN"),

@@ -82,7 +82,13 @@ def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value")
         return next((text for text in found if text), None)
     if type(sent).__module__ == "fractions":
         return None if sent == got else f"{where}: another number"
-    return difference(_lasting(sent), _lasting(got), pairs, where)
+    fields = _lasting(sent), _lasting(got)
+    _KEPT.append(fields)
+    return difference(*fields, pairs, where)
+
+
+_KEPT: list[object] = []
+"""What was compared by its identity, so that no other object gets the same."""
 
 
 def _lasting(value: Any) -> dict[str, object]:
