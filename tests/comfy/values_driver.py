@@ -62,6 +62,7 @@ def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value")
         if sent.__code__.co_code != got.__code__.co_code or sent.__code__.co_consts != got.__code__.co_consts:
             return f"{where}: another function's code"
         sent, got = ([cell.cell_contents for cell in one.__closure__ or ()] for one in (sent, got))
+        _KEPT.append((sent, got))
         return difference(sent, got, pairs, f"{where}'s closure")
     if isinstance(sent, (list, tuple)):
         if len(sent) != len(got):
