@@ -38,7 +38,7 @@ def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value")
     """Where two values differ first, or None. ``pairs`` holds which object stands for which."""
     if type(sent) is not type(got):
         return f"{where}: {type(sent).__name__} came back as {type(got).__name__}"
-    if isinstance(sent, (bool, int, str, bytes, Enum, type(None))):
+    if isinstance(sent, (bool, int, str, bytes, Enum, torch.device, type(None))):
         return None if sent == got else f"{where}: {sent!r:.40} came back as {got!r:.40}"
     if isinstance(sent, float):
         return None if struct.pack("<d", sent) == struct.pack("<d", got) else f"{where}: {sent!r} as {got!r}"
