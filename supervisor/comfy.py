@@ -35,6 +35,7 @@ from legion_shm.supervisor.comfy_job import ComfyJob
 from legion_shm.supervisor.comfy_report import bad_slots, execution_failure, refuse_invalid
 from legion_shm.supervisor.comfy_start import HeadlessComfy, start_headless
 from legion_shm.supervisor.engine import EngineEvents, EngineInfo, JobOutcome, JobRequest
+from legion_shm.supervisor.freeing import freeze
 from legion_shm.supervisor.graph_problems import refuse
 from legion_shm.workflow import Workflow, load_workflow
 
@@ -280,7 +281,7 @@ def _nothing_collected() -> Generator[None, None, None]:
     gc.disable()
     try:
         yield
-        gc.freeze()
+        freeze()
     finally:
         if enabled:
             gc.enable()

@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FreedMemory", "Freeing", "measured"]
+__all__ = ["FreedMemory", "Freeing", "forked", "freeze", "measured"]
+
+_shared = False
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,34 @@ class Freeing:
             return tuple(self._freed.values())
 
 
-def measured(free: Callable[[], None]) -> tuple[int, int]:
-    """Call ``free``; the main memory and the GPU memory of this process that came back, in bytes.
+def forked() -> None:
+    """What is frozen now is shared with the process that forked this one, and stays frozen.
+
+    A collection writes into each object that it looks at, which would copy nearly all of that memory.
+    """
+    global _shared
+    _shared = True
+
+
+def freeze() -> None:
+    """Let collections pass over what an engine's start made, unless that would be for ever."""
+    if not _shared:
+        gc.freeze()
+
+
+def measured(free: Callable[[], None], give_up: Callable[[], None]) -> tuple[int, int]:
+    """Call ``free``, then ``give_up``; the main memory and the GPU memory that came back, in bytes.
 
     Objects that the start of an engine froze are garbage like others then: the caches that it made first
     would otherwise keep what is in them for ever.
     """
     host, gpu = _host_bytes(), _gpu_bytes()
-    gc.unfreeze()
+    if not _shared:
+        gc.unfreeze()
     free()
     gc.collect()
-    gc.freeze()
+    give_up()
+    freeze()
     _trim_heap()
     return max(0, host - _host_bytes()), max(0, gpu - _gpu_bytes())
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import importlib
 import io
 import logging
@@ -35,7 +34,7 @@ from legion_shm.errors import (
 )
 from legion_shm.supervisor import death_pipe
 from legion_shm.supervisor.engine import Engine, JobRequest
-from legion_shm.supervisor.freeing import measured
+from legion_shm.supervisor.freeing import freeze, measured
 from legion_shm.supervisor.host_control import ControlThread
 from legion_shm.supervisor.host_reports import Events, LogHandler, failure_reply
 from legion_shm.supervisor.spawn import HostConfig
@@ -197,7 +196,7 @@ class _Host:
         self._control.engine = engine
         self._control.flush_logs(self._send)  # what was logged so far is no job's
         self._memory.engine_started()
-        gc.freeze()  # the libraries' hundred thousands of objects need not be looked at in each collection
+        freeze()  # the libraries' hundred thousands of objects need not be looked at in each collection
         if faults.hit is not None:
             faults.hit("host.before_ready")
         self._send(Ready(info.name, tuple(sorted(info.versions.items())), info.node_classes))
@@ -211,7 +210,8 @@ class _Host:
                 continue
             if self._free_wanted:
                 self._free_wanted = False
-                self._send(Freed(*measured(self._free)))
+                free = self._require_engine().free
+                self._send(Freed(*measured(free, self._memory.give_up_unused)))
             forgotten = self._memory.take_forgotten()
             if forgotten:
                 self._require_engine().forget(forgotten)
@@ -219,10 +219,6 @@ class _Host:
                 retired = self._memory.trim()
                 if retired:
                     self._send(SegmentRetired(retired))
-
-    def _free(self) -> None:
-        self._require_engine().free()
-        self._memory.give_up_unused()
 
     def close(self) -> None:
         if faults.hit is not None:

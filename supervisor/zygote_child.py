@@ -30,6 +30,7 @@ from multiprocessing import current_process
 from typing import Any, Literal, cast
 
 from legion_shm.supervisor import death_pipe, zygote_wire
+from legion_shm.supervisor.freeing import forked
 from legion_shm.supervisor.spawn import HostConfig, Launch, LaunchedProcess, tell_ends
 from legion_shm.supervisor.zygote_wire import Become, Exited, Fit, Fork, Forked, NotForked, Reap, Unfit
 
@@ -203,6 +204,7 @@ class _Zygote:
         if pid == 0:
             os.close(settled_r)
             os.setsid()
+            forked()
             worker = self._settle(order, fds)
             os.close(settled_w)
             return worker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -176,10 +177,20 @@ class ComfyServer:
         self._log.close()
         shutil.rmtree(self._runtime, ignore_errors=True)
 
+    def processes(self) -> list[psutil.Process]:
+        """Those that the server's Legion started: workers, and zygotes, which fork workers."""
+        found: list[psutil.Process] = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # one that has ended is a zombie until it is reaped
+                if "--multiprocessing-fork" in child.cmdline():
+                    found.append(child)
+        return found
+
     def workers(self) -> list[psutil.Process]:
-        """The processes that the server's Legion started."""
-        server = psutil.Process(self.process.pid)
-        return [child for child in server.children() if "--multiprocessing-fork" in child.cmdline()]
+        """Those of them that have started none of the others."""
+        processes = self.processes()
+        parents = {process.ppid() for process in processes}
+        return [process for process in processes if process.pid not in parents]
 
     # --- HTTP ---------------------------------------------------------------------------------------
 

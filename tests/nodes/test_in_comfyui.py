@@ -385,7 +385,7 @@ def test_workers_are_gone_when_the_server_ends(tmp_path: Path, how: str) -> None
     server = ComfyServer.from_environment(tmp_path / "base")
     try:
         server.run(master_flow(tmp_path, seed=15, workflow_text=text(worker_flow())))
-        workers = server.workers()
+        workers = server.processes()
         assert workers
         getattr(server.process, how)()
         _, alive = psutil.wait_procs(workers, timeout=10)

@@ -1,0 +1,52 @@
+"""What is collected when a worker frees, and when."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from legion_shm.supervisor import freeing
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def frozen() -> Iterator[weakref.ref[Cycle]]:
+    """Garbage that a start has frozen."""
+    garbage = weakref.ref(Cycle())
+    gc.freeze()
+    yield garbage
+    gc.unfreeze()
+
+
+@pytest.fixture
+def fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freeing, "_shared", False)
+    freeing.forked()
+
+
+def test_what_a_start_froze_is_collected_before_memory_is_given_up(frozen: weakref.ref[Cycle]) -> None:
+    seen: list[object] = []
+    freeing.measured(lambda: None, lambda: seen.append(frozen()))
+    assert seen == [None]
+    assert gc.get_freeze_count() > 0
+
+
+@pytest.mark.usefixtures("fork")
+def test_a_fork_looks_at_nothing_that_it_shares_and_freezes_nothing_of_its_own(
+    frozen: weakref.ref[Cycle],
+) -> None:
+    own: list[weakref.ref[Cycle]] = []
+    freeing.measured(lambda: own.append(weakref.ref(Cycle())), lambda: None)
+    assert frozen() is not None, "its pages would be copied"
+    freeing.freeze()
+    count = gc.get_freeze_count()
+    freeing.freeze()
+    assert gc.get_freeze_count() == count
+    assert own[0]() is None
