@@ -1,5 +1,7 @@
 /* What the shim must withstand: threads, odd sizes, realloc, frees while held, forks. Ends with 0 or says what is not so. */
 #define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -152,7 +154,46 @@ static void forked(void) {
     free(p);
 }
 
+/* What the C library answers is not for the shim to change. `refused`: what it says of an alignment of 3. */
+static void odd_requests(int refused) {
+    volatile size_t huge = SIZE_MAX;
+    void *p = (void *)&p;
+    CHECK(posix_memalign(&p, 3, 2 * MIB) == EINVAL && posix_memalign(&p, 4, 2 * MIB) == EINVAL);
+    CHECK(p == (void *)&p);
+    CHECK(posix_memalign(&p, 64, huge - 4096) == ENOMEM && posix_memalign(&p, 64, huge / 2) == ENOMEM);
+    CHECK(!memalign(64, huge - 64) && !reallocarray(NULL, huge / 2, 4));
+    p = aligned_alloc(3, 2 * MIB);
+    CHECK((p == NULL) == refused);
+    free(p);
+    p = aligned_alloc(64, 2 * MIB);
+    CHECK(born(p) && (uintptr_t)p % 64 == 0);
+    CHECK(!reallocarray(p, huge / 2, 4) && born(p)); /* it is still there */
+    free(p);
+    CHECK(posix_memalign(&p, 2 * MIB, 2 * MIB) == 0 && !born(p) && (uintptr_t)p % (2 * MIB) == 0);
+    free(p);
+    CHECK(posix_memalign(&p, 64, 0) == 0);
+    free(p);
+    free(NULL);
+    p = valloc(3 * MIB);
+    CHECK(malloc_usable_size(p) >= 3 * MIB && malloc_usable_size(NULL) == 0);
+    p = realloc(p, 5 * MIB);
+    free(p);
+    p = calloc(3, MIB);
+    CHECK(whole(p, 3 * MIB, 0));
+    free(p);
+    p = make(2 * MIB, 1);
+    errno = 77;
+    free(p);
+    CHECK(errno == 77);
+}
+
 int main(void) {
+    void *libc = dlopen("libc.so.6", RTLD_NOW);
+    CHECK(libc);
+    void *(*libcs_own)(size_t, size_t) = dlsym(libc, "aligned_alloc");
+    void *three = libcs_own(3, 1000);
+    int refused = three == NULL;
+    free(three);
     CHECK(!born(make(4 * MIB, 1)));
     CHECK(legion_born_reserve((uint64_t)1 << 36) == 0 && legion_born_reserve(4096) != 0);
     for (int i = 0; i < 2; i++) {
@@ -161,6 +202,7 @@ int main(void) {
         CHECK(legion_born_add(fds[i], 20 * MIB, (uint64_t)i) == 0);
     }
     legion_born_serve(MIB);
+    odd_requests(refused);
     threads();
     held();
     isolated();

@@ -61,7 +61,8 @@ typedef struct {
 } legion_numbers;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static uintptr_t base, limit; /* of the reserved addresses; equal while there are none */
+static uintptr_t base; /* of the reserved addresses; set once, before `reserved` */
+static size_t reserved;
 static size_t min_bytes = (size_t)-1;
 static int closed; /* in a forked child: nothing is handed out or taken back any more */
 static region regions[REGIONS];
@@ -72,17 +73,28 @@ static void (*next_free)(void *);
 static void *(*next_realloc)(void *, size_t);
 static int (*next_posix_memalign)(void **, size_t, size_t);
 static void *(*next_memalign)(size_t, size_t);
+static void *(*next_aligned_alloc)(size_t, size_t);
 static size_t (*next_usable)(void *);
 
+/* Before the constructor, one thread at most is here. dlsym itself may allocate and free. */
 static void resolve(void) {
+    static int resolving;
+    if (resolving) return;
+    resolving = 1;
+    next_free = dlsym(RTLD_NEXT, "free");
     next_realloc = dlsym(RTLD_NEXT, "realloc");
     next_posix_memalign = dlsym(RTLD_NEXT, "posix_memalign");
     next_memalign = dlsym(RTLD_NEXT, "memalign");
+    next_aligned_alloc = dlsym(RTLD_NEXT, "aligned_alloc");
     next_usable = dlsym(RTLD_NEXT, "malloc_usable_size");
-    next_free = dlsym(RTLD_NEXT, "free");
+    resolving = 0;
 }
 
-static inline int ours(const void *p) { return (uintptr_t)p - base < limit - base; }
+/* Other threads free while the addresses are being reserved: they see none of them, or all. */
+static inline int ours(const void *p) {
+    size_t span = __atomic_load_n(&reserved, __ATOMIC_ACQUIRE);
+    return (uintptr_t)p - base < span;
+}
 
 /* --- extents ------------------------------------------------------------------------------------------ */
 
@@ -228,15 +240,25 @@ EXPORT int posix_memalign(void **out, size_t alignment, size_t nbytes) {
     return next_posix_memalign(out, alignment, nbytes);
 }
 
+static void *power_aligned(size_t alignment, size_t nbytes) {
+    if (nbytes < min_bytes || !alignment || (alignment & (alignment - 1))) return NULL;
+    return allocate(alignment, nbytes);
+}
+
 EXPORT void *memalign(size_t alignment, size_t nbytes) {
-    void *p = nbytes >= min_bytes && alignment && !(alignment & (alignment - 1)) ? allocate(alignment, nbytes)
-                                                                                : NULL;
+    void *p = power_aligned(alignment, nbytes);
     if (p) return p;
     if (!next_memalign) resolve();
     return next_memalign(alignment, nbytes);
 }
 
-EXPORT void *aligned_alloc(size_t alignment, size_t nbytes) { return memalign(alignment, nbytes); }
+/* Not memalign for what it refuses: newer C libraries take powers of two alone here. */
+EXPORT void *aligned_alloc(size_t alignment, size_t nbytes) {
+    void *p = power_aligned(alignment, nbytes);
+    if (p) return p;
+    if (!next_aligned_alloc) resolve();
+    return next_aligned_alloc(alignment, nbytes);
+}
 
 EXPORT void free(void *p) {
     if (ours(p)) {
@@ -248,6 +270,18 @@ EXPORT void free(void *p) {
         if (!next_free) return; /* called while it is being looked up */
     }
     next_free(p);
+}
+
+/* Of C23: a C library that has them would take them for its own blocks. */
+EXPORT void free_sized(void *p, size_t nbytes) {
+    (void)nbytes;
+    free(p);
+}
+
+EXPORT void free_aligned_sized(void *p, size_t alignment, size_t nbytes) {
+    (void)alignment;
+    (void)nbytes;
+    free(p);
 }
 
 EXPORT void *realloc(void *p, size_t nbytes) {
@@ -318,7 +352,7 @@ EXPORT int legion_born_reserve(uint64_t nbytes) {
     if (p == MAP_FAILED) return errno;
     pthread_mutex_lock(&lock);
     base = (uintptr_t)p;
-    limit = base + nbytes;
+    __atomic_store_n(&reserved, nbytes, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&lock);
     return 0;
 }
@@ -346,7 +380,7 @@ EXPORT int legion_born_add(int fd, uint64_t nbytes, uint64_t segment) {
                 moved = 1;
             }
     }
-    extent *e = slot >= 0 && !closed && at + nbytes <= limit ? take_spare() : NULL;
+    extent *e = slot >= 0 && !closed && at - base + nbytes <= reserved ? take_spare() : NULL;
     if (e) {
         regions[slot] = (region){at, nbytes, own, segment};
         e->start = at;
