@@ -21,8 +21,8 @@ import msgpack
 import numpy as np
 import torch
 
+from legion_shm.supervisor.comfy_models_format import Tag
 from legion_shm.supervisor.comfy_models_names import Names
-from legion_shm.supervisor.comfy_models_plan import Tag
 
 __all__ = ["PlanReader"]
 

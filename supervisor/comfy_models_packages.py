@@ -27,8 +27,9 @@ import torch
 
 from legion_shm.supervisor import comfy_models_special as special
 from legion_shm.supervisor.comfy_models_build import PlanReader
+from legion_shm.supervisor.comfy_models_kinds import Fields, kind_of
 from legion_shm.supervisor.comfy_models_names import Names
-from legion_shm.supervisor.comfy_models_plan import Adapter, Fields, PlanWriter, kind_of
+from legion_shm.supervisor.comfy_models_plan import Adapter, PlanWriter
 from legion_shm.supervisor.comfy_models_weights import Placed, Weights, imprint, views
 from legion_shm.transport.residence import Residence
 

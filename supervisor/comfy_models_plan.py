@@ -2,71 +2,28 @@
 
     object ── PlanWriter ──▶ tokens (MessagePack) + tensors, in order + the packages that it builds upon
 
-Owns the walk on the sending side, and the format; `comfy_models_build` reads it. An object is its class, by
-name, and its attributes, as values; nothing is pickled and no `__reduce__` is asked. The same object twice is
-one object on the other side. What can't be written raises `UnsupportedValue` with its path.
+Owns the walk on the sending side, and how objects and classes are written; how values of known kinds are is
+`comfy_models_kinds`', and `comfy_models_build` reads it all. An object is its class, by name, and its
+attributes, as values; nothing is pickled and no `__reduce__` is asked. The same object twice is one object on
+the other side. What can't be written raises `UnsupportedValue` with its path.
 """
 
 from __future__ import annotations
 
-import collections
 import enum
-import functools
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgpack
-import numpy as np
 import torch
 
 from legion_shm.errors import UnsupportedValue
+from legion_shm.supervisor.comfy_models_format import Tag
+from legion_shm.supervisor.comfy_models_kinds import LEAVES, WRITERS, kind_of
 from legion_shm.supervisor.comfy_models_names import Names
 
-__all__ = ["Adapter", "Fields", "PlanWriter", "Tag", "kind_of", "members_of"]
-
-
-class Tag(enum.IntEnum):
-    """What a token in brackets is."""
-
-    REF = 0  # an object that came before: its number
-    LIST = 1
-    TUPLE = 2
-    DICT = 3  # pairs
-    SET = 4
-    FROZENSET = 5
-    INT = 6  # beyond 64 bits
-    COMPLEX = 7
-    RANGE = 8
-    SLICE = 9
-    NAMED = 10  # a class or function: module, name
-    CODE = (
-        11  # a function: module, digest, name, qualified name, defaults, keyword defaults, cells, attributes
-    )
-    CELL = 12
-    CLASS = 13  # a class made inside of a function: module, names, bases, its namespace
-    METHOD = 14  # function, self
-    PARTIAL = 15
-    MODULE = 16
-    TENSOR = 17  # its number among the tensors
-    DTYPE = 18
-    SIZE = 19
-    NDARRAY = 20
-    ENUM = 21  # class, name
-    OBJECT = 22  # class, attributes
-    TORCH_MODULE = 23  # class, training, attributes, parameters, buffers, names of buffers not saved, modules
-    CONTAINER = 24  # class, items, attributes: a subclass of dict or list
-    STATIC = 25
-    CLASSMETHOD = 26
-    PROPERTY = 27
-    PACKAGE = 28  # its key
-    SPECIAL = 29  # name, state
-    ORDERED_DICT = 30
-    ELLIPSIS = 31
-    BYTEARRAY = 32
-    LAYOUT = 33  # a torch.layout or memory_format, by name
-    DEFAULT_DICT = 34
-    DEQUE = 35
+__all__ = ["Adapter", "PlanWriter", "members_of"]
 
 
 _SKIPPED = frozenset(
@@ -76,10 +33,6 @@ _SKIPPED = frozenset(
 _TORCH_OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 _TORCH_NEW = vars(torch.nn.Module())
 """What every torch module has; attributes that are still as empty as at its start are not written."""
-
-
-class Fields(dict[str, Any]):
-    """A dict that stands for an object's attributes, and is so named in errors."""
 
 
 class Adapter:
@@ -135,7 +88,7 @@ class PlanWriter:
         kind = kind_of(value)
         if value is None or kind is bool or kind is float or kind is str or kind is bytes:
             return value
-        leaf = _LEAVES.get(kind)
+        leaf = LEAVES.get(kind)
         if leaf is not None:
             return leaf(value)
         number = self._numbers.get(id(value))
@@ -145,7 +98,7 @@ class PlanWriter:
             return [Tag.REF, number]
         self._numbers[id(value)] = len(self._numbers)
         self._alive.append(value)
-        writer = _WRITERS.get(kind)
+        writer = WRITERS.get(kind)
         if writer is not None:
             return writer(self, value)
         if value is not self._root:
@@ -283,10 +236,6 @@ class PlanWriter:
         return [Tag.OBJECT, head, self.named_parts(attributes)]
 
 
-def kind_of(value: object) -> type[Any]:
-    return type(value)
-
-
 def members_of(value: object) -> dict[str, object]:
     """An object's attributes: its slots that are set, then its `__dict__`."""
     found: dict[str, object] = {}
@@ -317,172 +266,3 @@ def _as_new(name: str, item: object) -> bool:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-Writer = Callable[[PlanWriter, Any], Any]
-
-
-def _int(value: int) -> Any:
-    if -(2**63) <= value < 2**64:
-        return value
-    return [Tag.INT, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)]
-
-
-def _text_of(tag: Tag) -> Callable[[Any], Any]:
-    return lambda value: [tag, str(value).removeprefix("torch.")]
-
-
-_LEAVES: dict[type, Callable[[Any], Any]] = {
-    int: _int,
-    complex: lambda value: [Tag.COMPLEX, value.real, value.imag],
-    range: lambda value: [Tag.RANGE, value.start, value.stop, value.step],
-    type(Ellipsis): lambda _value: [Tag.ELLIPSIS],
-    torch.dtype: _text_of(Tag.DTYPE),
-    torch.layout: _text_of(Tag.LAYOUT),
-    torch.memory_format: _text_of(Tag.LAYOUT),
-    torch.Size: lambda value: [Tag.SIZE, *value],
-}
-"""What has no identity worth keeping."""
-
-
-def _list(writer: PlanWriter, value: list[Any]) -> Any:
-    return [Tag.LIST, *writer.items(value)]
-
-
-def _tuple(writer: PlanWriter, value: tuple[Any, ...]) -> Any:
-    return writer.closed(value, lambda: [Tag.TUPLE, *writer.items(value)])
-
-
-def _dict(writer: PlanWriter, value: dict[Any, Any]) -> Any:
-    return [Tag.DICT, *writer.pairs(value)]
-
-
-def _ordered_dict(writer: PlanWriter, value: dict[Any, Any]) -> Any:
-    return [Tag.ORDERED_DICT, *writer.pairs(value)]
-
-
-def _set(writer: PlanWriter, value: set[Any]) -> Any:
-    return writer.closed(value, lambda: [Tag.SET, *writer.items(value)])
-
-
-def _frozenset(writer: PlanWriter, value: frozenset[Any]) -> Any:
-    return writer.closed(value, lambda: [Tag.FROZENSET, *writer.items(value)])
-
-
-def _slice(writer: PlanWriter, value: Any) -> Any:
-    return writer.closed(value, lambda: [Tag.SLICE, *writer.items((value.start, value.stop, value.step))])
-
-
-def _bytearray(_writer: PlanWriter, value: bytearray) -> Any:
-    return [Tag.BYTEARRAY, bytes(value)]
-
-
-def _function(writer: PlanWriter, value: Any) -> Any:
-    named = writer.names.named(value)
-    if named is not None:
-        return [Tag.NAMED, *named]
-    if not isinstance(value, types.FunctionType):
-        raise UnsupportedValue(f"the native function {value!r:.100} is not found by its name", path="")
-    code = writer.names.code_of(value)
-    function = value
-
-    def write() -> Any:
-        path = f".{function.__name__}"
-        fixed = writer.part(function.__defaults__, path), writer.part(function.__kwdefaults__, path)
-        cells = [
-            writer.part(cell, f"{path}.{name}")
-            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        ]
-        state = writer.named_parts(vars(function))
-        return [Tag.CODE, *code, function.__name__, function.__qualname__, *fixed, cells, state]
-
-    return writer.closed(function, write)
-
-
-def _cell(writer: PlanWriter, value: types.CellType) -> Any:
-    try:
-        content = value.cell_contents
-    except ValueError:  # empty
-        return [Tag.CELL]
-    return [Tag.CELL, writer.cell(content)]
-
-
-def _method(writer: PlanWriter, value: types.MethodType) -> Any:
-    return writer.closed(
-        value, lambda: [Tag.METHOD, writer.part(value.__func__, ""), writer.part(value.__self__, ".__self__")]
-    )
-
-
-def _partial(writer: PlanWriter, value: Any) -> Any:
-    return writer.closed(
-        value,
-        lambda: [Tag.PARTIAL, writer.part(value.func, ".func"), *writer.items((value.args, value.keywords))],
-    )
-
-
-def _module(writer: PlanWriter, value: types.ModuleType) -> Any:
-    name = writer.names.module_name(value.__name__)
-    if not writer.names.allows(name):
-        raise UnsupportedValue(
-            f"the module {value.__name__} is not of a package that models may use", path=""
-        )
-    return [Tag.MODULE, name]
-
-
-def _tensor(writer: PlanWriter, value: torch.Tensor) -> Any:
-    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
-        raise UnsupportedValue("this tensor is sparse, quantized or nested", path="")
-    if value.requires_grad and not value.is_leaf:
-        raise UnsupportedValue("this tensor is part of a graph of gradients; detach() it", path="")
-    writer.tensors.append(value)
-    number = len(writer.tensors) - 1
-    return [Tag.TENSOR, number, writer.named_parts(writer.adapter.attributes(value, vars(value)))]
-
-
-def _array(_writer: PlanWriter, value: Any) -> Any:
-    if value.dtype.hasobject:
-        raise UnsupportedValue("this array holds Python objects", path="")
-    return [Tag.NDARRAY, value.dtype.str, list(value.shape), value.tobytes()]
-
-
-def _wrapped(tag: Tag) -> Writer:
-    return lambda writer, value: writer.closed(value, lambda: [tag, writer.part(value.__func__, "")])
-
-
-def _property(writer: PlanWriter, value: property) -> Any:
-    return writer.closed(value, lambda: [Tag.PROPERTY, *writer.items((value.fget, value.fset, value.fdel))])
-
-
-def _default_dict(writer: PlanWriter, value: Any) -> Any:
-    return [Tag.DEFAULT_DICT, writer.part(value.default_factory, ".default_factory"), *writer.pairs(value)]
-
-
-def _deque(writer: PlanWriter, value: Any) -> Any:
-    return [Tag.DEQUE, value.maxlen, *writer.items(value)]
-
-
-_WRITERS: dict[type, Writer] = {
-    list: _list,
-    tuple: _tuple,
-    dict: _dict,
-    collections.OrderedDict: _ordered_dict,
-    collections.defaultdict: _default_dict,
-    Fields: lambda writer, value: [Tag.DICT, *writer.named_parts(value)],
-    collections.deque: _deque,
-    set: _set,
-    frozenset: _frozenset,
-    slice: _slice,
-    bytearray: _bytearray,
-    types.FunctionType: _function,
-    types.BuiltinFunctionType: _function,
-    types.CellType: _cell,
-    types.MethodType: _method,
-    functools.partial: _partial,
-    types.ModuleType: _module,
-    torch.Tensor: _tensor,
-    torch.nn.Parameter: _tensor,
-    np.ndarray: _array,
-    staticmethod: _wrapped(Tag.STATIC),
-    classmethod: _wrapped(Tag.CLASSMETHOD),
-    property: _property,
-}

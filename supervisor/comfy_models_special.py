@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from legion_shm.supervisor.comfy_models_plan import kind_of
+from legion_shm.supervisor.comfy_models_kinds import kind_of
 
 __all__ = [
     "PASSING",

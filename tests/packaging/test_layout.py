@@ -33,6 +33,7 @@ TORCH_IMPORTERS = {
     "supervisor/graph_writes.py",
     "supervisor/comfy_models.py",
     "supervisor/comfy_models_build.py",
+    "supervisor/comfy_models_kinds.py",
     "supervisor/comfy_models_packages.py",
     "supervisor/comfy_models_plan.py",
     "supervisor/comfy_models_special.py",

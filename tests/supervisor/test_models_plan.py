@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from legion_shm.errors import UnsupportedValue
 from legion_shm.supervisor.comfy_models_build import PlanReader
+from legion_shm.supervisor.comfy_models_format import Tag
 from legion_shm.supervisor.comfy_models_names import Names
-from legion_shm.supervisor.comfy_models_plan import Adapter, PlanWriter, Tag
+from legion_shm.supervisor.comfy_models_plan import Adapter, PlanWriter
 from legion_shm.supervisor.comfy_models_weights import Weights, views
 
 _SOURCE = """
