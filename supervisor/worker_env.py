@@ -14,7 +14,8 @@ __all__ = ["NON_TEMPORAL_BYTES", "runs_on_glibc", "with_preload", "with_tunables
 
 NON_TEMPORAL_BYTES = 0x200000
 """From this size on memcpy bypasses the cache. glibc's own threshold grows with the shared cache, and can
-exceed every tensor; copies into shared memory, which another core reads, then cost a third more."""
+exceed every tensor. Raw copies of 25 MB into a warm memfd, on a noisy machine, took medians of 1.7, 1.6 and
+2.5 ms by glibc's own, of 1.3, 1.5 and 1.2 ms by this one; whole transfers were not compared."""
 
 _TUNABLE = "glibc.cpu.x86_non_temporal_threshold"
 
