@@ -32,6 +32,19 @@ def test_every_message_is_in_the_protocol_with_its_code() -> None:
     }
 
 
+@pytest.mark.parametrize("folder", ["legion_shm", "transport", "supervisor"])
+def test_every_module_is_in_the_map(folder: str) -> None:
+    where = text("docs/architecture.md").partition("## Where things are")[2].partition("\n## ")[0]
+    part = where.partition(f"**`{folder}/`**")[2].partition("\n**`")[0]
+    named = re.findall(r"`([\w*/]+\.py)`", part)
+    modules = {path.relative_to(REPO / folder) for path in (REPO / folder).glob("*.py")} - {
+        Path("__init__.py")
+    }
+    missing = {str(path) for path in modules if not any(path.match(name) for name in named)}
+    assert not missing
+    assert all(list((REPO / folder).glob(name)) for name in named)
+
+
 def test_the_examples_are_those_that_are_tested() -> None:
     examples = {path.stem for path in (REPO / "examples").glob("*.py")}
     assert examples == {
