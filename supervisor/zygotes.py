@@ -18,6 +18,7 @@ from functools import partial
 from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import StartupError
+from legion_shm.supervisor.facilities import has_pidfd
 from legion_shm.supervisor.spawn import (
     PosixWorker,
     WorkerEnds,
@@ -55,9 +56,11 @@ def zygotes_supported() -> str:
     """Why this system has none; empty where it can."""
     if not sys.platform.startswith("linux"):
         return "only Linux has process descriptors and safe forks"
+    if not has_pidfd():
+        return "process descriptors are missing, or left out on purpose"
     try:
         os.close(os.pidfd_open(os.getpid()))
-    except (AttributeError, OSError) as error:
+    except OSError as error:
         return f"this kernel or Python has no process descriptors: {error}"
     return ""
 

@@ -16,7 +16,7 @@ def legion() -> Iterator[Supervisor]:
 
 
 def ended(legion: Supervisor, class_type: str, **options: object) -> Job:
-    job = legion.submit(flow(class_type, **options), spec=spec())
+    job = legion.submit(flow(class_type, **options), inputs=[None], spec=spec())
     job.exception(timeout=60)
     return job
 
