@@ -9,7 +9,7 @@ import ctypes
 import gc
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +32,20 @@ class Freeing:
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._awaited: set[str] | None = None
+        self._awaited: dict[str, int] | None = None
         self._freed: dict[str, FreedMemory] = {}
 
-    def sent_to(self, workers: Collection[str]) -> None:
+    def sent_to(self, workers: Mapping[str, int]) -> None:
+        """To these workers, each with the number of this request among all that it was sent."""
         with self._change:
-            self._awaited = set(workers)
+            self._awaited = dict(workers)
             self._change.notify_all()
 
-    def answered(self, freed: FreedMemory) -> None:
+    def answered(self, freed: FreedMemory, number: int) -> None:
+        """A worker's answer of this number; one to an earlier request says nothing about this one."""
         with self._change:
-            if self._awaited is not None and freed.worker_id in self._awaited:
-                self._awaited.remove(freed.worker_id)
+            if self._awaited is not None and number >= self._awaited.get(freed.worker_id, number + 1):
+                del self._awaited[freed.worker_id]
                 self._freed[freed.worker_id] = freed
                 self._change.notify_all()
 
@@ -51,7 +53,7 @@ class Freeing:
         """A worker that has ended answers no more."""
         with self._change:
             if self._awaited is not None:
-                self._awaited.intersection_update(living)
+                self._awaited = {worker: n for worker, n in self._awaited.items() if worker in living}
 
     def wait(self, timeout_s: float) -> bool:
         """Whether every worker has answered, within a time."""

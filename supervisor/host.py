@@ -132,7 +132,7 @@ class _Host:
         self._prompts: dict[bytes, Workflow] = {}
         self._stopping = False
         self._pid = os.getpid()
-        self._free_wanted = False
+        self._frees_wanted = 0
         self._waiting: deque[RunJob] = deque()
 
     # --- messages ---------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class _Host:
         if isinstance(message, Stop):
             self._stopping = True
         elif isinstance(message, Free):
-            self._free_wanted = True
+            self._frees_wanted += 1
         elif isinstance(message, RunJob):
             self._memory.freed(message.freed)
             self._waiting.append(message)
@@ -208,10 +208,12 @@ class _Host:
                 self._run(self._waiting.popleft())
                 self._memory.make_room()
                 continue
-            if self._free_wanted:
-                self._free_wanted = False
+            if self._frees_wanted:
+                asked, self._frees_wanted = self._frees_wanted, 0
                 free = self._require_engine().free
-                self._send(Freed(*measured(free, self._memory.give_up_unused)))
+                freed = Freed(*measured(free, self._memory.give_up_unused))
+                for _ in range(asked):
+                    self._send(freed)
             forgotten = self._memory.take_forgotten()
             if forgotten:
                 self._require_engine().forget(forgotten)

@@ -282,18 +282,21 @@ class Loop:
         self._handle(CloseRequested(), now)
 
     def _free(self, freeing: Freeing, pool: str | None) -> None:
-        sent: list[str] = []
+        sent: dict[str, int] = {}
         for worker in self._processes:
             record = self._machine.workers.get(worker.id)
             if worker.ready and record is not None and pool in (None, record.pool):
                 self._processes.send(worker, Free())
-                sent.append(worker.id)
+                worker.frees_sent += 1
+                sent[worker.id] = worker.frees_sent
         freeing.sent_to(sent)
         self._freeings.add(freeing)
 
     def _freed(self, freed: FreedMemory) -> None:
+        worker = self._processes[freed.worker_id]
+        worker.frees_answered += 1
         for freeing in self._freeings:
-            freeing.answered(freed)
+            freeing.answered(freed, worker.frees_answered)
 
     # --- the machine's orders -----------------------------------------------------------------------
 

@@ -71,6 +71,8 @@ class WorkerIO:
     log_lines: int
     token: str = field(default_factory=new_token, repr=False)
     arena: int = field(default_factory=new_arena_id)
+    frees_sent: int = 0
+    frees_answered: int = 0
     endpoint: Endpoint | None = None
     spawned: SpawnedWorker | None = None
     readers: dict[int, tuple[Stream, LineReader]] = field(

@@ -1,4 +1,4 @@
-"""What is collected when a worker frees, and when."""
+"""What is collected when a worker frees, and when; which answer belongs to which request."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from legion_shm.supervisor import freeing
+from legion_shm.supervisor.freeing import FreedMemory, Freeing
 
 
 class Cycle:
@@ -50,3 +51,25 @@ def test_a_fork_looks_at_nothing_that_it_shares_and_freezes_nothing_of_its_own(
     freeing.freeze()
     assert gc.get_freeze_count() == count
     assert own[0]() is None
+
+
+def test_an_answer_to_an_earlier_request_is_none_to_this_one() -> None:
+    asked = Freeing()
+    asked.sent_to({"w1": 2})
+    asked.answered(FreedMemory("w1", 1, 0), 1)
+    assert not asked.wait(0)
+    asked.answered(FreedMemory("w1", 2, 0), 2)
+    assert asked.wait(0)
+    assert asked.freed == (FreedMemory("w1", 2, 0),)
+
+
+def test_workers_that_were_not_asked_or_have_ended_are_not_waited_for() -> None:
+    asked = Freeing()
+    assert not asked.wait(0), "it was sent to nobody yet"
+    asked.sent_to({"w1": 1, "w2": 1})
+    asked.answered(FreedMemory("w3", 1, 0), 1)
+    asked.answered(FreedMemory("w1", 4, 0), 1)
+    assert not asked.wait(0)
+    asked.forget_all_but(["w1"])
+    assert asked.wait(0)
+    assert asked.freed == (FreedMemory("w1", 4, 0),)
