@@ -137,6 +137,7 @@ def _tell_preloaded(temp: Path) -> None:
 def _start(root: Path, temp: _Temp) -> HeadlessComfy:
     with _no_second_console():
         main = _load_main(root)
+    _begin_log(root)
     start = _need(root, main, "start_comfyui")
     prompt_worker = _need(root, main, "prompt_worker")
     execution, nodes, server, management = map(
@@ -180,6 +181,16 @@ def _start(root: Path, temp: _Temp) -> HeadlessComfy:
         _thread=thread,
         _temp=temp,
     )
+
+
+def _begin_log(root: Path) -> None:
+    """ComfyUI's log raises IndexError where its first line begins with a carriage return (a progress bar).
+
+    In a fork of a zygote that can be, because what the core says as it is imported was said before.
+    """
+    lines = getattr(sys.modules.get("app.logger"), "logs", None)
+    if lines is not None and not lines:
+        sys.stdout.write(f"ComfyUI in {root}, without a server\n")
 
 
 def _load_main(root: Path) -> Any:
