@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,3 +37,16 @@ def test_a_value_that_can_not_travel_leaves_no_block_of_the_others() -> None:
     with pytest.raises(UnsupportedValue, match="c: "):
         pack({"a": image, "b": image, "c": object()}, store)
     assert store.live_blocks == 0
+
+
+@pytest.mark.parametrize("hold_copied", [True, False])
+def test_what_was_copied_lives_as_long_as_the_packed_values_only_where_that_is_asked_for(
+    hold_copied: bool,
+) -> None:
+    image = np.ones(500)
+    alive = weakref.ref(image)
+    packed = pack({"a": image}, FakeStore(), hold_copied=hold_copied)
+    del image
+    assert (alive() is not None) == hold_copied
+    del packed
+    assert alive() is None
