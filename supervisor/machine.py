@@ -171,6 +171,7 @@ class Machine:
             worker.remotes += event.change
             if not worker.remotes and worker.state == "idle":
                 worker.since_s = now
+                self._schedule.all_pools(None, now)  # it may be in somebody's place
 
     def _cancel_requested(self, event: CancelRequested, now: float) -> None:
         job = self.jobs.get(event.job)
