@@ -13,6 +13,8 @@ from legion_shm.nodes.importer import CHANNELS
 
 __all__ = ["LegionExporter", "single"]
 
+_NAMES = tuple((f"input_{n}", f"output_{n}") for n in range(1, CHANNELS + 1))
+
 
 class LegionExporter:
     """Delivers what is linked to ``input_N`` as the job's ``output_N``; what is not linked is not delivered.
@@ -40,9 +42,9 @@ class LegionExporter:
 
     def export_data(self, data_exchange_root: object = None, **inputs: list[object]) -> tuple[()]:
         job = current_job()
-        for n in range(1, CHANNELS + 1):
-            if f"input_{n}" in inputs:
-                job.deliver(f"output_{n}", single(inputs[f"input_{n}"]))
+        for given, delivered in _NAMES:
+            if given in inputs:
+                job.deliver(delivered, single(inputs[given]))
         return ()
 
 

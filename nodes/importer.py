@@ -15,6 +15,7 @@ from legion_shm.nodes.any_type import ANY
 __all__ = ["CHANNELS", "LegionImporter"]
 
 CHANNELS = 12
+_INPUTS = tuple(f"input_{n}" for n in range(1, CHANNELS + 1))
 
 
 class LegionImporter:
@@ -38,13 +39,12 @@ class LegionImporter:
     @classmethod
     def IS_CHANGED(cls, data_exchange_root: object = None) -> str | float:  # noqa: N802 - the protocol's name
         """A digest of what the inputs' identities are; NaN, which is never equal, where one has none."""
-        digest = hashlib.sha256()
+        parts: list[bytes] = []
         for entry in _channel_identities():
             if not isinstance(entry, bytes):
                 return entry
-            digest.update(len(entry).to_bytes(8, "big"))
-            digest.update(entry)
-        return digest.hexdigest()
+            parts += (len(entry).to_bytes(8, "big"), entry)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     @classmethod
     def OUTPUT_SIGNATURES(cls, data_exchange_root: object = None) -> list[bytes | float | None]:  # noqa: N802
@@ -54,7 +54,7 @@ class LegionImporter:
     def import_data(self, data_exchange_root: object = None) -> tuple[object, ...]:
         inputs = current_job().inputs
         root = data_exchange_root if isinstance(data_exchange_root, str) else ""
-        return (*(inputs.get(f"input_{n}") for n in range(1, CHANNELS + 1)), root)
+        return (*map(inputs.get, _INPUTS), root)
 
 
 def _channel_identities() -> list[bytes | float]:
@@ -63,12 +63,12 @@ def _channel_identities() -> list[bytes | float]:
         job = current_job()
     except LegionError:
         return [float("nan")] * CHANNELS
+    inputs, identities = job.inputs, job.identities
     entries: list[bytes | float] = []
-    for n in range(1, CHANNELS + 1):
-        name = f"input_{n}"
-        if name not in job.inputs:
+    for name in _INPUTS:
+        if name not in inputs:
             entries.append(b"absent")
             continue
-        identity = job.identities.get(name)
+        identity = identities.get(name)
         entries.append(float("nan") if identity is None else b"given:" + identity)
     return entries

@@ -297,16 +297,17 @@ class _Run:
         self._job.node_id = node.node_id
         self._events.node(node.node_id, node.class_type, "started")
         inputs: dict[str, Sequence[object]] = {}
-        watch = Watch(())
+        watch: Watch | None = None
         trial: Trial | None = None
         failure: LegionError
         try:
             inputs = self._inputs_of(node, plan)
-            trial = None if self._is_known(node) else Trial(inputs)
-            if trial is not None:
+            ours = node.node_class.__module__.startswith(_OWN_NODES)
+            if not ours and not self._is_known(node):
+                trial = Trial(inputs)
                 inputs = trial.values
             check_images(node.node_class, inputs)
-            watch = Watch(inputs)
+            watch = None if ours or trial is not None else Watch(inputs)
             node_object = self._cache.node_object(node)
             function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
             result = read_results(self._call(function, inputs, node.input_is_list), node.node_class)
@@ -315,14 +316,14 @@ class _Run:
         else:
             if trial is not None:
                 self._judge(node, trial, result)
-            elif watch.changed():
+            elif watch is not None and watch.changed():
                 self._note_writer(node)
             self._events.node(node.node_id, node.class_type, "finished")
             return result
         finally:
             self._job.node_id = None
         # Raised out here and after letting go, so that the error carries no frame that holds tensors.
-        inputs, watch, trial = {}, Watch(()), None
+        inputs, watch, trial = {}, None, None
         self._results.clear()
         try:
             raise failure
@@ -370,9 +371,7 @@ class _Run:
         return inputs
 
     def _is_known(self, node: PlannedNode) -> bool:
-        kind = node.class_type
-        ours = node.node_class.__module__.startswith(_OWN_NODES)
-        return ours or kind in self._cache.gentle or kind in self._cache.writers
+        return node.class_type in self._cache.gentle or node.class_type in self._cache.writers
 
     def _judge(self, node: PlannedNode, trial: Trial, result: NodeResult) -> None:
         """After the first run of a class: does it leave its inputs alone?"""
@@ -395,8 +394,10 @@ class _Run:
 
     def _fingerprint(self, node: PlannedNode, function: str) -> object:
         inputs = _constants(node)
-        inputs.update(dict.fromkeys(node.links, (None,)))
-        inputs.update({name: (hidden_value(kind, node.node_id, {}),) for name, kind in node.hidden.items()})
+        for name in node.links:
+            inputs[name] = (None,)
+        for name, kind in node.hidden.items():
+            inputs[name] = (hidden_value(kind, node.node_id, {}),)
         target = cast("Callable[..., object]", getattr(node.node_class, function))
         return self._call(target, inputs, node.input_is_list)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from legion_shm.supervisor.graph_call import NodeResult
-from legion_shm.supervisor.graph_protocol import PlannedNode
+from legion_shm.supervisor.graph_protocol import Link, PlannedNode
 from legion_shm.supervisor.graph_validation import Plan
 from legion_shm.supervisor.graph_writes import Watch
 
@@ -98,12 +98,16 @@ def sign_plan(
     """
     signatures: dict[str, Signature] = {}
     for node_id, node in plan.nodes.items():
-        signatures[node_id] = _sign_node(node, signatures, fingerprint, fresh)
+        parts = plan.parts.get(node_id)
+        if parts is None:  # constants don't change between jobs
+            parts = plan.parts[node_id] = _parts_of(node)
+        signatures[node_id] = _sign_node(node, parts, signatures, fingerprint, fresh)
     return signatures
 
 
 def _sign_node(
     node: PlannedNode,
+    node_parts: tuple[bytes | Link | None, ...],
     signatures: Mapping[str, Signature],
     fingerprint: Callable[[PlannedNode, str], object],
     fresh: Callable[[], bytes],
@@ -113,30 +117,42 @@ def _sign_node(
         changed = _ask(node, "IS_CHANGED", fingerprint)
     own = encode_constant(changed)
     volatile = own is None
-    digest = hashlib.blake2b(digest_size=24)
-    digest.update(fresh() if own is None else own)
-    digest.update(encode_constant(node.class_type) or b"")
+    parts = [fresh() if own is None else own]
+    for part in node_parts:
+        if isinstance(part, Link):
+            linked, source_volatile = signatures[part.node_id].of_slot(part.slot)
+            parts.append(b"link" + linked)
+            volatile = volatile or source_volatile
+        elif part is None:
+            volatile = True
+            parts.append(fresh())
+        else:
+            parts.append(part)
+    digest = hashlib.blake2b(b"".join(parts), digest_size=24).digest()
+    return Signature(digest, volatile, _slot_signatures(node, fingerprint, fresh))
+
+
+def _parts_of(node: PlannedNode) -> tuple[bytes | Link | None, ...]:
+    """What a node's signature is made of, besides its IS_CHANGED: bytes, links, None for what has no bytes."""
+    head = encode_constant(node.class_type) or b""
     if (
         node.is_output
         or "UNIQUE_ID" in node.hidden.values()
         or getattr(node.node_class, "NOT_IDEMPOTENT", False)
     ):
-        digest.update(encode_constant(node.node_id) or b"")
+        head += encode_constant(node.node_id) or b""
+    parts: list[bytes | Link | None] = [head]
     for name in sorted({*node.constants, *node.links}):
-        digest.update(encode_constant(name) or b"")
+        parts.append(encode_constant(name) or b"")
         link = node.links.get(name)
         if link is not None:
-            part, source_volatile = signatures[link.node_id].of_slot(link.slot)
-            digest.update(b"link" + part)
-            volatile = volatile or source_volatile
+            parts.append(link)
             continue
         try:
-            constant = encode_constant(node.constants[name])
+            parts.append(encode_constant(node.constants[name]))
         except RecursionError:
-            constant = None
-        volatile = volatile or constant is None
-        digest.update(fresh() if constant is None else constant)
-    return Signature(digest.digest(), volatile, _slot_signatures(node, fingerprint, fresh))
+            parts.append(None)
+    return tuple(parts)
 
 
 def _slot_signatures(

@@ -23,6 +23,10 @@ _CANCEL_POLL_S = 0.05
 """How long a cancelled job may go on awaiting: far below what a person notices."""
 
 
+_PLAIN_RESULTS = frozenset((tuple, list, dict, str, float, bool, type(None)))
+"""What most calls return, known not to be awaitable at a glance."""
+
+
 class BadResult(Exception):
     """A node function returned something that its class does not declare."""
 
@@ -97,7 +101,7 @@ def call_broadcast(
         for arguments in _argument_sets(inputs, input_is_list=input_is_list):
             check()
             result = function(**arguments)
-            if inspect.isawaitable(result):
+            if type(result) not in _PLAIN_RESULTS and inspect.isawaitable(result):
                 waiting[len(results)] = cast("Awaitable[object]", result)
             results.append(result)
     except BaseException:
@@ -114,8 +118,13 @@ def call_broadcast(
 def _argument_sets(inputs: Mapping[str, Sequence[object]], *, input_is_list: bool) -> list[dict[str, object]]:
     if input_is_list:
         return [{name: list(values) for name, values in inputs.items()}]
-    if not inputs:
-        return [{}]
+    single: dict[str, object] = {}
+    for name, values in inputs.items():
+        if len(values) != 1:
+            break
+        single[name] = values[0]
+    else:
+        return [single]
     if any(len(values) == 0 for values in inputs.values()):
         return []
     calls = max(len(values) for values in inputs.values())
@@ -142,6 +151,10 @@ def read_results(results: Sequence[object], node_class: NodeClass) -> NodeResult
     ``result``, or, where nothing is declared, None. A dict without ``result`` gives no outputs.
     """
     expected = len(return_types(node_class))
+    if len(results) == 1 and type(results[0]) is tuple and not getattr(node_class, "OUTPUT_IS_LIST", None):
+        only = cast("tuple[object, ...]", results[0])
+        if len(only) == expected:
+            return NodeResult([[item] for item in only], {})
     rows: list[Sequence[object]] = []
     uis: list[Mapping[str, object]] = []
     no_result = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 __all__ = [
@@ -82,11 +83,11 @@ class PlannedNode:
     links: Mapping[str, Link]
     hidden: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    @property
+    @cached_property
     def is_output(self) -> bool:
         return getattr(self.node_class, "OUTPUT_NODE", False) is True
 
-    @property
+    @cached_property
     def input_is_list(self) -> bool:
         return bool(getattr(self.node_class, "INPUT_IS_LIST", False))
 

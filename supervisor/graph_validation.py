@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from legion_shm.errors import InvalidWorkflow
@@ -51,6 +51,10 @@ class Plan:
 
     nodes: Mapping[str, PlannedNode]
     prompt: dict[str, dict[str, object]]
+    parts: dict[str, tuple[bytes | Link | None, ...]] = field(
+        default_factory=dict[str, "tuple[bytes | Link | None, ...]"]
+    )
+    """What the nodes' signatures are made of, once it was worked out (`graph_cache`)."""
 
 
 def validate_prompt(

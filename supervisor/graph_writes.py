@@ -92,13 +92,20 @@ def _equal(one: Any, other: Any) -> bool:
         return True
 
 
+_NO_TENSORS = frozenset((type(None), bool, int, float, str, bytes))
+
+
 def _is_tensor(value: object) -> bool:
+    if type(value) in _NO_TENSORS:
+        return False
     import torch
 
     return isinstance(value, torch.Tensor)
 
 
 def _tensors(value: object, depth: int) -> Iterator[Any]:
+    if type(value) in _NO_TENSORS:
+        return
     if _is_tensor(value):
         yield value
     elif depth and isinstance(value, Mapping):
