@@ -42,7 +42,7 @@ from legion_shm.supervisor.remote import RemoteHandle
 from legion_shm.supervisor.resolve import resolve_spec
 from legion_shm.supervisor.state import WorkerInfo
 from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUpRequested
-from legion_shm.supervisor.submission import Submission
+from legion_shm.supervisor.submission import JobTimes, Submission
 from legion_shm.transport.born_build import library_path
 from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds, check_descriptors
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
@@ -82,6 +82,7 @@ class _RecentSpec(NamedTuple):
     """Holds the spec, so that no other can have its identity."""
 
     spec: WorkerSpec
+    plain: JobOptions  # of a job that asks for this spec and nothing else
     pool: str
     until_s: float
 
@@ -157,7 +158,7 @@ class Supervisor:
         submitted_s = monotonic_s()
         if options.get("spec") is None:
             options["spec"] = self._default_spec
-        checked = JobOptions(**cast("dict[str, Any]", options))
+        checked = self._checked(options)
         if checked.targets is not None:
             workflow = limited_to(load_workflow(workflow), checked.targets)
         prepared = self._workflows.prepare(workflow)
@@ -197,8 +198,7 @@ class Supervisor:
             workflow=prepared.data,
             digest=prepared.digest,
             packed=packed,
-            submitted_s=submitted_s,
-            encoded_s=monotonic_s(),
+            times=JobTimes(submitted_s, monotonic_s()),
             warnings=warnings,
             worker=worker,
         )
@@ -235,6 +235,13 @@ class Supervisor:
         with self._lock:
             self._pending -= 1
 
+    def _checked(self, options: JobKeywords) -> JobOptions:
+        if len(options) == 1:
+            recent = self._recent.get(id(options.get("spec")))
+            if recent is not None and recent.spec is options.get("spec"):
+                return recent.plain
+        return JobOptions(**cast("dict[str, Any]", options))
+
     def _pool_of(self, spec: WorkerSpec, now: float) -> str:
         """The pool of a spec as it was written; looked up in the file system once a second at most."""
         recent = self._recent.get(id(spec))
@@ -243,7 +250,7 @@ class Supervisor:
         pool = self._pool(resolve_spec(spec))
         if len(self._recent) >= _RECENT_SPECS:
             self._recent.clear()
-        self._recent[id(spec)] = _RecentSpec(spec, pool, now + _RESOLVED_FOR_S)
+        self._recent[id(spec)] = _RecentSpec(spec, JobOptions(spec=spec), pool, now + _RESOLVED_FOR_S)
         return pool
 
     def _pool(self, spec: WorkerSpec) -> str:

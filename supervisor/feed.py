@@ -1,7 +1,8 @@
 """What the loop tells of one job, and waiting for it: the state, the bounded event history, the outcome.
 
 Owns the one lock and condition of a job. The loop writes (`emit`, `set_running`, `resolve`); any number of
-callers' threads and event loops wait and read, through the `Job` around it.
+callers' threads and event loops wait and read, through the `Job` around it. An event is made when it is first
+read: most jobs' events never are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ForkedError, JobError, LegionError
@@ -22,22 +24,40 @@ from legion_shm.events import TERMINAL_STATES, Event, EventsDropped, JobEnded, T
 from legion_shm.supervisor.result import Delivery, Result
 from legion_shm.waits import heard
 
-__all__ = ["JobFeed"]
+__all__ = ["JobFeed", "MakeEvent"]
+
+_LOOK_S = 1.0
+
+
+MakeEvent = Callable[[str, int, float], Event]
+"""Gives an event from the job's id, the event's sequence number and its time."""
 
 
 @dataclass
 class _History:
     """The last events of a job; ``first`` is the sequence number of the oldest one that is kept."""
 
+    job: str
     limit: int
-    kept: deque[Event] = field(default_factory=deque[Event])
+    kept: deque[Event | tuple[MakeEvent, float]] = field(
+        default_factory=deque["Event | tuple[MakeEvent, float]"]
+    )
     first: int = 0
 
-    def append(self, event: Event) -> None:
-        self.kept.append(event)
+    def append(self, make: MakeEvent, time_s: float) -> None:
+        self.kept.append((make, time_s))
         if len(self.kept) > self.limit:
             self.kept.popleft()
             self.first += 1
+
+    def since(self, position: int) -> list[Event]:
+        """The events from that sequence number on, which must be kept still."""
+        for index in range(position - self.first, len(self.kept)):
+            entry = self.kept[index]
+            if isinstance(entry, tuple):
+                make, time_s = entry
+                self.kept[index] = make(self.job, self.first + index, time_s)
+        return cast("list[Event]", list(self.kept)[position - self.first :])
 
     @property
     def end(self) -> int:
@@ -45,15 +65,17 @@ class _History:
 
 
 class JobFeed:
-    """One job's news. ``on_end`` is called once, by the loop, after the job was resolved."""
+    """One job's news. ``on_end`` is called once, by the loop, before those who wait for the end wake."""
 
     def __init__(self, job_id: str, *, history: int, on_end: Callable[[], None]) -> None:
         self.job_id = job_id
         self._on_end = on_end
         self._pid = os.getpid()
         self._changed = threading.Condition()
-        self._ended = threading.Event()  # apart, so that news wake nobody who waits for the end alone
-        self._history = _History(history)
+        self._ended = threading.Lock()  # apart, so that news wake nobody who waits for the end alone
+        self._ended.acquire()  # given up at the end; whoever gets it then passes it on
+        self._readers = 0
+        self._history = _History(job_id, history)
         self._state: str = "queued"
         self._error: LegionError | None = None
         self._delivery: Delivery | None = None
@@ -71,11 +93,12 @@ class JobFeed:
 
     # --- the loop's side ------------------------------------------------------------------------------
 
-    def emit(self, make: Callable[[str, int, float], Event], now: float) -> None:
-        """Append the event that ``make(job id, sequence number, time)`` gives; nothing after the end."""
+    def emit(self, *makes: MakeEvent, now: float) -> None:
+        """Append an event for each ``make(job id, sequence number, time)``; nothing after the end."""
         with self._changed:
             if not self.done():
-                self._history.append(make(self.job_id, self._history.end, now))
+                for make in makes:
+                    self._history.append(make, now)
                 self._wake()
 
     def set_running(self, running: bool) -> None:
@@ -93,14 +116,16 @@ class JobFeed:
             if isinstance(error, JobError) and error.job_id is None:
                 error.job_id = self.job_id
             self._error, self._delivery = error, delivery
-            self._history.append(JobEnded(self.job_id, self._history.end, now, state, error))
+            self._history.append(partial(_job_ended, state, error), now)
             self._state = state
-            self._ended.set()
-            self._wake()
         self._on_end()
+        self._ended.release()
+        with self._changed:
+            self._wake()
 
     def _wake(self) -> None:
-        self._changed.notify_all()
+        if self._readers:
+            self._changed.notify_all()
         wakers, self._wakers = self._wakers, []
         for wake in wakers:
             wake()
@@ -110,9 +135,21 @@ class JobFeed:
     def wait(self, timeout: float | None) -> LegionError | None:
         """Wait for the end: the job's error, or None. Raises TimeoutError."""
         self.check_process()
-        if not self.done() and not heard(self._ended.wait, timeout) and timeout is not None:
+        if not self.done() and not heard(self._end_comes, timeout) and timeout is not None:
             raise TimeoutError(f"job {self.job_id} is {self._state} after {timeout:g} s; it goes on")
         return self._error
+
+    def _end_comes(self, timeout: float | None) -> bool:
+        """Whether the job ends within that time."""
+        deadline_s = None if timeout is None else monotonic_s() + timeout
+        while True:
+            left_s = _LOOK_S if deadline_s is None else min(_LOOK_S, max(0.0, deadline_s - monotonic_s()))
+            if self._ended.acquire(timeout=left_s):
+                self._ended.release()
+                return True
+            # Ctrl-C may have ended a waiter right after it had got the lock: nobody waits for it for ever.
+            if self.done() or (deadline_s is not None and monotonic_s() >= deadline_s):
+                return self.done()
 
     async def wait_async(self) -> None:
         await self._until(self.done)
@@ -147,7 +184,11 @@ class JobFeed:
         self.check_process()
         with self._changed:
             news = partial(self._changed.wait_for, lambda: self._history.end > position)
-            heard(news, timeout)
+            self._readers += 1
+            try:
+                heard(news, timeout)
+            finally:
+                self._readers -= 1
             return self._since(position)
 
     async def events_from_async(self, position: int) -> tuple[list[Event], int]:
@@ -166,7 +207,7 @@ class JobFeed:
             missed = history.first - position
             events.append(EventsDropped(self.job_id, position, monotonic_s(), missed))
             position = history.first
-        events.extend(list(history.kept)[position - history.first :])
+        events.extend(history.since(position))
         return events, history.end
 
     async def _until(self, condition: Callable[[], bool]) -> None:
@@ -185,6 +226,12 @@ class JobFeed:
             finally:
                 with self._changed, contextlib.suppress(ValueError):
                     self._wakers.remove(wake)  # it is there still when the waiter was cancelled
+
+
+def _job_ended(
+    state: TerminalState, error: LegionError | None, job: str, seq: int, time_s: float
+) -> JobEnded:
+    return JobEnded(job, seq, time_s, state, error)
 
 
 def _fresh(error: LegionError) -> LegionError:

@@ -133,7 +133,7 @@ def _sign_node(
 
 
 def _parts_of(node: PlannedNode) -> tuple[bytes | Link | None, ...]:
-    """What a node's signature is made of, besides its IS_CHANGED: bytes, links, None for what has no bytes."""
+    """What a node's signature is made of besides its IS_CHANGED: bytes, links, None for what has none."""
     head = encode_constant(node.class_type) or b""
     if (
         node.is_output

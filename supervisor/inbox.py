@@ -207,7 +207,7 @@ class Inbox:
         record = self._machine.workers.get(worker.id)
         submission = self._submissions.get(record.job) if record is not None and record.job else None
         if submission is not None:
-            submission.feed.emit(partial(_log_event, stream, text, level, logger), now)
+            submission.feed.emit(partial(_log_event, stream, text, level, logger), now=now)
 
     # --- about memory -------------------------------------------------------------------------------
 
@@ -231,7 +231,6 @@ class Inbox:
     def _running(self, worker: WorkerIO, job: str, attempt: int) -> Submission | None:
         """The submission that this worker runs in this attempt; anything else is late and counted."""
         record = self._machine.jobs.get(job)
-        worker.has_begun(job, attempt)  # reads what it wrote, so that its pipe never fills up
         if record is None or record.worker != worker.id or record.attempt != attempt:
             self.ignored += 1
             return None
@@ -242,7 +241,7 @@ class Inbox:
     ) -> None:
         submission = self._running(worker, message.job, message.attempt)
         if submission is not None:
-            submission.feed.emit(make, now)
+            submission.feed.emit(make, now=now)
 
     def _node(self, worker: WorkerIO, message: NodeNotes, now: float) -> None:
         _check_rows(message)
@@ -284,22 +283,25 @@ class Inbox:
         _emit_rows(submission, message, now)
         if faults.hit is not None:
             faults.hit("inbox.after_leases")
-        stats = stats_from(
-            submission,
-            message,
-            engine=worker.engine,
-            worker=worker.id,
-            now=now,
-        )
         submission.delivery = Delivery(
             message.values,
-            stats,
+            partial(
+                stats_from,
+                message,
+                submission.times,
+                submission.packed.stats,
+                engine=worker.engine,
+                worker=worker.id,
+                now=now,
+            ),
             self._memory,
+            worker=worker.id,
             allow_cpu=submission.options.allow_cpu,
             remotes=message.remotes,
             pickled=tuple(submission.options.spec.pickle_classes),
         )
         self._handle(JobReplied(worker.id, message.job, message.attempt, "done", None), now)
+        worker.has_begun(message.job, message.attempt)  # reads what it wrote: its pipe must never fill up
 
     def _ended(self, worker: WorkerIO, message: JobFailedReply | JobCancelledReply, now: float) -> None:
         self.output(worker, now)
@@ -309,6 +311,7 @@ class Inbox:
         outcome: TerminalState = "failed" if isinstance(message, JobFailedReply) else "cancelled"
         error = error_from(message, worker.id, submission.warnings)
         self._handle(JobReplied(worker.id, message.job, message.attempt, outcome, error), now)
+        worker.has_begun(message.job, message.attempt)
 
 
 def _check_rows(message: NodeNotes | JobDone) -> None:
@@ -318,8 +321,8 @@ def _check_rows(message: NodeNotes | JobDone) -> None:
 
 
 def _emit_rows(submission: Submission, message: NodeNotes | JobDone, now: float) -> None:
-    for node_id, class_type, status in message.rows:
-        submission.feed.emit(partial(_node_event, node_id, class_type, status), now)
+    if message.rows:
+        submission.feed.emit(*(partial(_node_event, *row) for row in message.rows), now=now)
 
 
 def _node_event(node_id: str, class_type: str, status: Any, job: str, seq: int, time_s: float) -> NodeEvent:

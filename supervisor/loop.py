@@ -263,10 +263,8 @@ class Loop:
         feed, options = submission.feed, submission.options
         self._submissions[submission.job] = submission
         self._lending.accept(submission.job, submission.packed)
-        feed.emit(JobQueued, now)
-        for text in submission.warnings:
-            feed.emit(partial(_warning, text), now)
-        deadline_s = None if options.deadline_s is None else submission.submitted_s + options.deadline_s
+        feed.emit(JobQueued, *(partial(_warning, text) for text in submission.warnings), now=now)
+        deadline_s = None if options.deadline_s is None else submission.times.submitted_s + options.deadline_s
         self._handle(
             JobSubmitted(submission.job, submission.pool, deadline_s, options.retries, submission.worker), now
         )

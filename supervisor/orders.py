@@ -6,6 +6,7 @@ Owns nothing but the translation of actions into messages, signals, processes an
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from legion_shm import faults
 from legion_shm.config import WorkerSpec
@@ -31,6 +32,10 @@ from legion_shm.transport.messages import BlocksFreed, Cancel, RunJob, Stop
 from legion_shm.transport.segment import SegmentKind
 
 __all__ = ["Orders"]
+
+
+def _job_started(worker: str, engine: str, attempt: int, job: str, seq: int, time_s: float) -> JobStarted:
+    return JobStarted(job, seq, time_s, worker, engine, attempt)
 
 
 class Orders:
@@ -74,12 +79,10 @@ class Orders:
     def _send_job(self, action: SendJob, now: float) -> None:
         submission = self._submissions[action.job]
         worker = self._processes[action.worker]
-        submission.sent_s = now
+        submission.times.sent_s = now
         freed = self._lending.lend(worker, submission.packed)
         submission.feed.set_running(True)
-        submission.feed.emit(
-            lambda j, seq, at: JobStarted(j, seq, at, worker.id, worker.engine, action.attempt), now
-        )
+        submission.feed.emit(partial(_job_started, worker.id, worker.engine, action.attempt), now=now)
         message = RunJob(
             action.job,
             action.attempt,
@@ -110,7 +113,7 @@ class Orders:
     def _note_retry(self, action: RetryNoted, now: float) -> None:
         feed = self._submissions[action.job].feed
         feed.set_running(False)
-        feed.emit(lambda j, seq, at: JobRetrying(j, seq, at, action.attempt, action.reason), now)
+        feed.emit(lambda j, seq, at: JobRetrying(j, seq, at, action.attempt, action.reason), now=now)
 
     def _ask_stop(self, worker: WorkerIO) -> None:
         if worker.ready:

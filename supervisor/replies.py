@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from legion_shm.errors import (
     ArenaFull,
     InvalidWorkflow,
@@ -12,7 +14,7 @@ from legion_shm.errors import (
     UnsupportedValue,
 )
 from legion_shm.supervisor.result import JobStats, Transfer
-from legion_shm.supervisor.submission import Submission
+from legion_shm.supervisor.submission import JobTimes
 from legion_shm.transport.codec import TransferStats
 from legion_shm.transport.messages import JobCancelledReply, JobDone, JobFailedReply
 from legion_shm.transport.values import EXTRA_DATA, REPORT
@@ -74,16 +76,26 @@ def error_from(
     )
 
 
-def stats_from(submission: Submission, message: JobDone, *, engine: str, worker: str, now: float) -> JobStats:
-    """Where the time went. The worker's times are of the same monotonic clock as ours."""
+def stats_from(
+    message: JobDone,
+    times: JobTimes,
+    sent: Mapping[str, TransferStats],
+    result_decode_s: float,
+    *,
+    engine: str,
+    worker: str,
+    now: float,
+) -> JobStats:
+    """Where the time went; ``sent``: what crossed for each input, ``now``: when the reply was read.
+
+    The worker's times are of the same monotonic clock as ours.
+    """
 
     def seconds(us: int) -> float:
         return us / 1e6
 
     transfers = [
-        Transfer.from_stats("to_worker", name, stats)
-        for name, stats in submission.packed.stats.items()
-        if name != EXTRA_DATA
+        Transfer.from_stats("to_worker", name, stats) for name, stats in sent.items() if name != EXTRA_DATA
     ]
     for name, _, _, _, _, numbers in message.values:
         if name != REPORT:
@@ -94,13 +106,14 @@ def stats_from(submission: Submission, message: JobDone, *, engine: str, worker:
         attempts=message.attempt,
         nodes_executed=message.nodes_executed,
         nodes_cached=message.nodes_cached,
-        encode_s=submission.encoded_s - submission.submitted_s,
-        queue_s=submission.sent_s - submission.encoded_s,
-        to_worker_s=seconds(message.received_us) - submission.sent_s,
+        encode_s=times.encoded_s - times.submitted_s,
+        queue_s=times.sent_s - times.encoded_s,
+        to_worker_s=seconds(message.received_us) - times.sent_s,
         decode_s=seconds(message.decoded_us - message.received_us),
         execute_s=seconds(message.executed_us - message.decoded_us),
         result_encode_s=seconds(message.encoded_us - message.executed_us),
         from_worker_s=now - seconds(message.encoded_us),
-        total_s=now - submission.submitted_s,
+        total_s=now - times.submitted_s,
+        result_decode_s=result_decode_s,
         transfers=tuple(transfers),
     )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 from legion_shm.clock import monotonic_s
@@ -152,25 +152,28 @@ class Decoder(Protocol):
 class Delivery:
     """Encoded results whose leases are taken: decoded once by whoever asks first, else given back.
 
+    ``stats(result_decode_s)`` gives the job's figures once the decoding has taken so long.
+
     ``decoder`` hears of it, and calls `settle` before it closes: a result may be read after that too.
     """
 
     def __init__(
         self,
         values: Values,
-        stats: JobStats,
+        stats: Callable[[float], JobStats],
         decoder: Decoder,
         *,
+        worker: str,
         allow_cpu: bool,
         remotes: tuple[int, ...] = (),
         pickled: tuple[str, ...] = (),
     ) -> None:
-        self._values, self._stats, self._decoder = values, stats, decoder
+        self._values, self._stats, self._decoder, self._worker = values, stats, decoder, worker
         self._allow_cpu, self._remotes, self._pickled = allow_cpu, remotes, pickled
         self._lock = threading.Lock()
         self._decoded: Result | LegionError | None = None
         handles = tuple(handle for value in values for handle in value[2])
-        self._finalizer = weakref.finalize(self, decoder.give_back, handles, stats.worker_id, remotes)
+        self._finalizer = weakref.finalize(self, decoder.give_back, handles, worker, remotes)
         self._finalizer.atexit = False
         decoder.expect(self)
 
@@ -191,7 +194,7 @@ class Delivery:
                     outputs = self._decoder.unpack(
                         self._values,
                         self._allow_cpu,
-                        self._stats.worker_id,
+                        self._worker,
                         self._remotes,
                         self._pickled,
                     )
@@ -204,5 +207,5 @@ class Delivery:
                     raise
                 ui = cast("dict[str, Any]", outputs.pop(REPORT, {}))
                 folders = cast("Mapping[str, str]", ui.pop(FOLDERS, {}))
-                stats = replace(self._stats, result_decode_s=monotonic_s() - started_s)
+                stats = self._stats(monotonic_s() - started_s)
                 self._decoded = Result(outputs, ui, stats, folders)

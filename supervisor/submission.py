@@ -9,12 +9,21 @@ from legion_shm.supervisor.feed import JobFeed
 from legion_shm.supervisor.result import Delivery
 from legion_shm.transport.values import PackedValues
 
-__all__ = ["Submission"]
+__all__ = ["JobTimes", "Submission"]
+
+
+@dataclass
+class JobTimes:
+    """Monotonic seconds. ``sent_s``: of the last attempt."""
+
+    submitted_s: float
+    encoded_s: float
+    sent_s: float = 0.0
 
 
 @dataclass
 class Submission:
-    """All that is needed to send a job, as often as it takes. Times are monotonic seconds."""
+    """All that is needed to send a job, as often as it takes."""
 
     job: str
     feed: JobFeed
@@ -23,9 +32,7 @@ class Submission:
     workflow: bytes
     digest: bytes
     packed: PackedValues
-    submitted_s: float
-    encoded_s: float
+    times: JobTimes
     warnings: tuple[str, ...] = ()
     worker: str | None = None
-    sent_s: float = 0.0
     delivery: Delivery | None = None

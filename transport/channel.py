@@ -204,7 +204,8 @@ class ServerChannel:
         """Send without blocking. False when the peer is gone or has stopped reading."""
         try:
             # Copied, whatever its size: pyzmq's way without a copy starts a thread that never ends.
-            self._socket.send_multipart((identity, frame), zmq.NOBLOCK, copy=True)
+            self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE, copy=True)
+            self._socket.send(frame, zmq.NOBLOCK, copy=True)
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False

@@ -58,7 +58,12 @@ def _sequence(value: object) -> Sequence[object]:
 
 
 def _many(inner: _Check) -> _Check:
-    return lambda value: tuple(map(inner, _sequence(value)))
+    return lambda value: tuple(map(inner, _sequence(value))) if value else _none_of(value)
+
+
+def _none_of(value: object) -> tuple[()]:
+    _sequence(value)
+    return ()
 
 
 def _row(*inner: _Check) -> _Check:
@@ -74,6 +79,19 @@ def _row(*inner: _Check) -> _Check:
 _INT, _STR, _BYTES = _exact(int, "an integer"), _exact(str, "text"), _exact(bytes, "bytes")
 _BOOL = _exact(bool, "a boolean")
 _HANDLES, _FLAGS, _INTS = _many(BlockHandle.from_wire), _many(_BOOL), _many(_INT)
+
+
+def _node_rows(value: object) -> object:
+    """Triples of text; on every reply, so without a call per item."""
+    rows: list[tuple[str, str, str]] = []
+    for row in _sequence(value):
+        if type(row) is not list or len(cast("list[object]", row)) != 3:
+            raise ProtocolError("expected an array of 3 texts")
+        node, kind, status = cast("list[object]", row)
+        if type(node) is not str or type(kind) is not str or type(status) is not str:
+            raise ProtocolError("expected 3 texts")
+        rows.append((node, kind, status))
+    return tuple(rows)
 
 
 def _value(value: object) -> object:
@@ -97,7 +115,7 @@ _CHECKS: dict[Any, _Check] = {
     Names: _many(_STR),
     tuple[int, ...]: _INTS,
     Pairs: _many(_row(_STR, _STR)),
-    NodeRows: _many(_row(_STR, _STR, _STR)),
+    NodeRows: _node_rows,
     Values: _many(_value),
 }
 

@@ -62,10 +62,10 @@ class Rig:
         self.segment, _ = self.memory.create(self.worker.arena, SEGMENT)
         self.lending.table.add_segment(self.worker.arena, self.segment, SEGMENT)
         submission: Any = SimpleNamespace(
-            feed=SimpleNamespace(emit=lambda make, now: None),
+            feed=SimpleNamespace(emit=lambda *makes, now: None),
             options=SimpleNamespace(allow_cpu=True),
             packed=SimpleNamespace(stats={}),
-            encoded_s=0.0, submitted_s=0.0, sent_s=0.0,
+            times=SimpleNamespace(encoded_s=0.0, submitted_s=0.0, sent_s=0.0),
         )  # fmt: skip
         channel: Any = SimpleNamespace(receive=lambda: None)
         self.inbox = Inbox(
