@@ -166,6 +166,7 @@ class MemfdSegment(Segment):
         self.lock = Lock()
         self._fd = fd
         self._shared: _Memory | None = None
+        self._isolated: dict[int, int] = {}  # spans that are copy-on-write for their owner
         self._lanes: list[_Lane] = []
 
     @classmethod
@@ -241,17 +242,29 @@ class MemfdSegment(Segment):
 
     def isolate(self, offset: int, nbytes: int) -> bool:
         try:
-            return self._remap(offset, round_up(nbytes), mmap.MAP_PRIVATE | _MAP_NORESERVE)
+            done = self._remap(offset, round_up(nbytes), mmap.MAP_PRIVATE | _MAP_NORESERVE)
         except OSError as error:
             if error.errno in (errno.ENOMEM, errno.EAGAIN):  # out of address ranges: vm.max_map_count
                 return False
             raise
+        if done:
+            with self.lock:
+                self._isolated[offset] = offset + round_up(nbytes)
+        return done
 
     def rejoin(self, offset: int, nbytes: int) -> None:
-        self._remap(offset, round_up(nbytes), mmap.MAP_SHARED)
+        if self._remap(offset, round_up(nbytes), mmap.MAP_SHARED):
+            with self.lock:
+                self._isolated.pop(offset, None)
 
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
-        return self._fd >= 0 and not may_be_written(self.shared_address() + offset, nbytes)
+        if self._fd < 0:
+            return False
+        with self.lock:
+            spans = tuple(self._isolated.items())
+        if not any(start < offset + nbytes and offset < end for start, end in spans):
+            return True  # the owner still writes where everybody looks: there is no page to be looked through
+        return not may_be_written(self.shared_address() + offset, nbytes)
 
     def _remap(self, offset: int, span: int, flags: int) -> bool:
         if span <= 0 or offset < 0 or offset % BLOCK_ALIGN or offset + span > self.nbytes:
