@@ -20,7 +20,7 @@ from legion_shm.native_bench.model import Row
 from legion_shm.native_bench.peers.base import TIMEOUT_S
 from legion_shm.native_bench.peers.child import blocked_interrupts, die_with_parent
 from legion_shm.native_bench.peers.legion import WORKER_NODES, job_of
-from legion_shm.native_bench.peers.zeromq import bare_socket
+from legion_shm.native_bench.peers.zeromq import bare_address, bare_socket
 from legion_shm.native_bench.summary import summarize
 
 __all__ = ["measure_control"]
@@ -57,7 +57,7 @@ def measure_control(*, rounds: int, show: Callable[[str], None]) -> list[Row]:
 @contextlib.contextmanager
 def _ping_pong() -> Generator[Callable[[], object]]:
     folder = tempfile.mkdtemp(prefix="legion-bench-")
-    address = f"ipc://{folder}/s"
+    address = bare_address(folder)
     process = multiprocessing.get_context("spawn").Process(target=_pong, args=(address,), daemon=True)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

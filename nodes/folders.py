@@ -158,7 +158,7 @@ def find_workflow(name: str, folders: Folders) -> Path:
         raise ConfigError(f"workflow: {name!r} {refused}", key="workflow")
     roots = global_settings(folders).workflow_roots
     relative = name.strip().replace("\\", "/")
-    absolute = Path(relative).is_absolute()
+    absolute = Path(relative).is_absolute() or relative.startswith("/")
     outside = absolute and not any(Path(relative).is_relative_to(root) for root in roots)
     for root in roots if not outside else ():
         for candidate in (root / relative, root / f"{relative}.json"):
@@ -205,11 +205,16 @@ def _refusal(name: str) -> str:
         return "is no name of a file"
     if "\0" in text:
         return "holds a NUL character"
-    if _DRIVE.match(text) or text.startswith("//"):
+    if text.startswith("//") or (_DRIVE.match(text) and not _is_a_windows_path(text)):
         return "is a path of Windows; give the name of a file in one of the folders of paths.workflows_roots"
     if text.startswith("~") or ".." in text.split("/"):
         return "leads out of the folders of paths.workflows_roots; give a name inside of them"
     return ""
+
+
+def _is_a_windows_path(text: str) -> bool:
+    """Absolute, with its drive, on Windows: what may be given there as ``/...`` is elsewhere."""
+    return sys.platform == "win32" and Path(text).is_absolute()
 
 
 def _is_workflow(name: str) -> bool:

@@ -123,10 +123,17 @@ def _private_bytes(pids: Iterable[int]) -> int:
         try:
             process = psutil.Process(pid)
             if process.status() != psutil.STATUS_ZOMBIE:
-                total += process.memory_full_info().uss
+                total += _own_bytes(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().uss)
+    except OSError:  # the system tells no more than what is resident
+        return int(process.memory_info().rss)
 
 
 def _gpu_free_bytes() -> int:

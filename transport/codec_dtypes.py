@@ -24,7 +24,7 @@ DType = np.dtype[Any]
 
 _LEAF = re.compile(
     r"\|b1|\|[iu]1|[<>][iu][248]|[<>]f(?:2|4|8|10|12|16)|[<>]c(?:8|16|20|24|32)"
-    r"|\|[SV]\d{1,9}|[<>|]U\d{1,8}|[<>][mM]8(?:\[\d{0,9}[A-Za-z]{1,7}\])?|[<>|]?[lLqQ]"
+    r"|\|[SV]\d{1,9}|[<>|]U\d{1,8}|[<>][mM]8(?:\[\d{0,9}[A-Za-z]{1,7}\])?|[<>|]?[iIlLqQgG]"
 )
 _CLASSES = frozenset(type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUVmM")
 _MAX_NESTING = 16
@@ -76,8 +76,9 @@ def _describe(dtype: DType, nesting: int) -> Any:
 
 def _describe_leaf(dtype: DType) -> str:
     text: str = cast("Any", dtype).str
-    if dtype.char in "lLqQ" and np.dtype(text).char != dtype.char:
-        # Two C types of one size (long and long long) are different scalar classes.
+    if dtype.char in "iIlLqQgG" and np.dtype(text).char != dtype.char:
+        # Two C types of one size are different scalar classes: long and long long; on Windows int and long,
+        # double and long double.
         return f"{text[0]}{dtype.char}"
     return text
 

@@ -29,7 +29,10 @@ __all__ = ["Snapshot", "assert_nothing_left", "snapshot"]
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "legion-"  # of portable segments and of memfds alike
-_COPY_THREAD = "legion-copy"  # the process's own, not a supervisor's: it stays for the next large copy
+_OTHERS_THREADS = (
+    "legion-copy",  # the process's own, not a supervisor's: it stays for the next large copy
+    "pytest_timeout",  # the clock of the test that runs, where there is no SIGALRM
+)
 _POLL_S = 0.01
 _TRACKER: object = getattr(resource_tracker, "_resource_tracker", None)
 
@@ -73,7 +76,7 @@ def snapshot(runtime_dir: str | os.PathLike[str] | None = None) -> Snapshot:
         threads=frozenset(
             f"{thread.name} ({thread.ident})"
             for thread in threading.enumerate()
-            if not thread.name.startswith(_COPY_THREAD)
+            if not thread.name.startswith(_OTHERS_THREADS)
         ),
         segments=frozenset(_segments(base)),
         runtime_dirs=frozenset(_runtime_entries(base)),

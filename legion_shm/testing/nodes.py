@@ -21,6 +21,7 @@ from legion_shm.job_context import check_cancelled, current_job, preview, progre
 __all__ = ["NODE_CLASS_MAPPINGS"]
 
 _POLL_S = 0.005
+_KILL = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL  # there it is TerminateProcess
 
 
 class _TestNode:
@@ -92,9 +93,11 @@ class TestHoldGil(_TestNode):
     def run(self, seconds: float = 60.0, entered: str = "", value: object = None) -> tuple[object]:
         if entered:
             Path(entered).touch()
-        libc = ctypes.PyDLL(None)
         for _ in range(round(seconds * 2)):  # usleep may refuse a second and more
-            libc.usleep(500_000)
+            if sys.platform == "win32":
+                ctypes.PyDLL("kernel32").Sleep(500)
+            else:
+                ctypes.PyDLL(None).usleep(500_000)
         return (value,)
 
 
@@ -142,7 +145,7 @@ class TestDieUntil(_TestNode):
             if len(log.readlines()) < deaths:
                 log.write(f"{os.getpid()}\n")
                 log.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), _KILL)
         return (value,)
 
 

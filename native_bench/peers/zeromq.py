@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import socket
 import struct
 import tempfile
 from collections.abc import Callable
@@ -18,9 +19,20 @@ from legion_shm.native_bench.payload import as_tensor, to_tensor
 from legion_shm.native_bench.peers.base import TIMEOUT_S, Peer, Session
 from legion_shm.native_bench.peers.child import ChildSession, Link
 
-__all__ = ["PEERS", "bare_socket"]
+__all__ = ["PEERS", "bare_address", "bare_socket"]
 
 _SIDE = struct.Struct("<Q")
+
+
+def bare_address(folder: str) -> str:
+    """``ipc`` in that folder; where ZeroMQ lacks it (Windows), a free port of the loopback interface."""
+    import zmq
+
+    if zmq.has("ipc"):
+        return f"ipc://{folder}/s"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def bare_socket(address: str, *, bind: bool) -> tuple[Any, Callable[[], None]]:
@@ -103,7 +115,7 @@ class ZmqPeer(Peer):
         folder = tempfile.mkdtemp(prefix="legion-bench-")
         return ChildSession(
             self._link,
-            (f"ipc://{folder}/s",),
+            (bare_address(folder),),
             on_close=lambda: shutil.rmtree(folder, ignore_errors=True),
         )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from legion_shm.cli import main
 from legion_shm.native_bench.model import read_result, write_result
+from tests import needs
 from tests.bench.canned import canned
 
 REPO = Path(__file__).resolve().parents[2]
@@ -32,7 +34,7 @@ def test_a_tiny_run_measures_writes_and_compares(tmp_path: Path, capsys: pytest.
     missing = {each.what for each in read.not_measured}
     assert "transfers of tensors on a GPU" in missing or "GPU" in " ".join(missing)
     text = result.read_text()
-    for private in (os.uname().nodename, str(Path.home()), str(tmp_path)):
+    for private in (platform.node(), str(Path.home()), str(tmp_path)):
         assert private not in text
 
 
@@ -68,6 +70,7 @@ def test_bad_usage_is_exit_code_2_and_measures_nothing(
     assert given[1] in capsys.readouterr().err
 
 
+@needs.posix
 def test_ctrl_c_leaves_no_process_and_no_file_behind(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
     shared = Path("/dev/shm")

@@ -7,6 +7,7 @@ import pytest
 
 from legion_shm.native_bench.limits import Limits, build_program, measure_limits
 from legion_shm.native_bench.schedule import parse_sizes
+from tests import needs
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine"
@@ -33,6 +34,7 @@ def test_the_program_is_built_once_and_measures_every_limit(
     assert program.stat().st_mtime_ns == made
 
 
+@needs.posix
 def test_without_a_compiler_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -42,6 +44,7 @@ def test_without_a_compiler_the_reason_is_given(tmp_path: Path, monkeypatch: pyt
     assert "no C compiler" in reason
 
 
+@needs.posix
 def test_a_compiler_that_fails_is_a_reason_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -19,10 +20,11 @@ from legion_shm.native_bench.peers import all_peers
 from legion_shm.native_bench.peers.base import Peer, Responder, Seen, Session
 from legion_shm.native_bench.run import choose_peers
 from legion_shm.native_bench.schedule import Size
+from tests import needs
 from tests.system.support import REPO, run_script
 
 IMAGE = (1, 64, 64, 3)
-LOCAL = ("pipe", "shared-memory", "zeromq", "pickle5-zeromq", "safetensors", "npy", "png", "process-vm-readv")
+LOCAL = ("pipe", "shared-memory", "zeromq", "pickle5-zeromq", "safetensors", "npy", "png")
 
 
 def no_note(what: str, why: str) -> None:
@@ -47,13 +49,14 @@ def carry(names: Sequence[str]) -> None:
 
 
 def test_every_way_carries_a_tensor_there_and_back_and_finds_a_spoiled_answer() -> None:
-    carry([*LOCAL, "ours"])
+    carry([*LOCAL, *(("process-vm-readv",) if sys.platform == "linux" else ()), "ours"])
 
 
 def test_torch_s_queues_do_so_too() -> None:
     # In a process of its own: torch keeps a manager process and a thread for as long as its user lives.
+    names = ["torch-file-system", *(() if needs.WINDOWS else ("torch-file-descriptor",))]
     code = "from tests.bench.test_peers import carry\n"
-    code += "if __name__ == '__main__': carry(['torch-file-system', 'torch-file-descriptor'])"
+    code += f"if __name__ == '__main__': carry({names})"
     done = run_script("-c", code, cwd=REPO)
     assert done.returncode == 0, done.stderr
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from legion_shm.cli_outputs import plan_output, write_output
 from legion_shm.cli_values import describe, json_form, read_input
+from tests import needs
 
 
 def save_picture(path: Path, pixels: Any, mode: str = "RGB", **options: Any) -> Path:
@@ -386,6 +387,7 @@ def test_a_failure_in_the_middle_leaves_the_file_before_as_it_was(
     assert path.read_bytes() == b"before"
 
 
+@needs.symlinks
 def test_a_link_stays_a_link_and_its_target_gets_the_value(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.txt").symlink_to(tmp_path / "folder" / "b.txt")

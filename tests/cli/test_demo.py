@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ def report() -> DemoReport:
     return replace(measured, image=measured.image.clone())  # the view would outlive the check for leaks
 
 
+FROM_SHARED_MEMORY = int(not hasattr(os, "memfd_create"))
+"""A portable segment cannot be made its owner's alone in place: what lies there is copied when it is sent."""
+
+
 def copies(run: Any) -> dict[str, int]:
     return {transfer.direction: transfer.copies for transfer in run.stats.transfers if transfer.payload_bytes}
 
@@ -34,9 +39,10 @@ def test_the_photograph_costs_one_copy_and_none_from_shared_memory(report: DemoR
     for run in report.private:
         assert copies(run)["to_worker"] == 1
     for run in report.resident:
-        assert copies(run)["to_worker"] == 0
+        assert copies(run)["to_worker"] == FROM_SHARED_MEMORY
         (photograph,) = [transfer for transfer in run.stats.transfers if transfer.direction == "to_worker"]
-        assert photograph.referenced_bytes == photograph.payload_bytes == 600 * 400 * 3 * 4
+        assert photograph.payload_bytes == 600 * 400 * 3 * 4
+        assert photograph.referenced_bytes == (0 if FROM_SHARED_MEMORY else photograph.payload_bytes)
 
 
 def test_a_result_costs_one_copy_or_none_where_it_was_born_in_shared_memory(report: DemoReport) -> None:
@@ -91,7 +97,7 @@ def test_the_tables_fit_a_terminal_of_eighty_columns(
     text = "\n".join(lines)
     assert "2,880,000" in text
     assert "11,520,000" in text
-    assert "0 (reference)" in text
+    assert ("0 (reference)" in text) is not bool(FROM_SHARED_MEMORY)
     assert "on this machine, in this run" in text
     assert "…" not in text
     assert all(len(line) <= 82 for line in lines if not line.startswith("The result")), text

@@ -12,6 +12,7 @@ from PIL import Image
 
 from legion_shm.errors import InvalidWorkflow, JobFailed
 from legion_shm.supervisor.graph_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, directories
+from tests import needs
 from tests.engine.graph_harness import Harness, engine_with, node
 
 interpolate = torch.nn.functional.interpolate
@@ -296,12 +297,16 @@ def test_a_prefix_may_hold_the_size_and_the_batch_number(harness: Harness) -> No
     assert all("%" not in name for name in names)
 
 
-@pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/tmp/x", "link/x", "a\0b", "sub/..", "", "."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["../x", "a/../../x", "/tmp/x", pytest.param("link/x", marks=needs.symlinks), "a\0b", "sub/..", "", "."],
+)
 def test_a_prefix_that_leads_out_of_the_output_directory_is_refused(
     harness: Harness, folders: tuple[Path, Path], prefix: str
 ) -> None:
     folders[1].mkdir()
-    (folders[1] / "link").symlink_to(folders[0])
+    if prefix == "link/x":
+        (folders[1] / "link").symlink_to(folders[0])
     with pytest.raises(JobFailed) as caught:
         harness.run(
             {

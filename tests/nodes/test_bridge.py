@@ -173,4 +173,5 @@ def test_the_folders_are_those_of_the_comfyui_around_us(monkeypatch: pytest.Monk
     paths.base_path, paths.get_user_directory = "/comfy", lambda: "/users"
     monkeypatch.setitem(sys.modules, "folder_paths", paths)
     folders = Folders.current()
-    assert (str(folders.user), str(folders.comfyui)) == ("/users/default", "/comfy")
+    assert folders.comfyui is not None
+    assert (folders.user.as_posix(), folders.comfyui.as_posix()) == ("/users/default", "/comfy")

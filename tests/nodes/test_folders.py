@@ -9,6 +9,7 @@ import pytest
 from legion_shm.errors import ConfigError
 from legion_shm.nodes.folders import Folders, default_yaml, find_workflow, global_settings, workflow_names
 from legion_shm.nodes.legion_yaml import BUILTIN_YAML
+from tests import needs
 from tests.nodes.support import put_workflow
 
 # LegionPower's config.yaml, key for key.
@@ -137,6 +138,7 @@ def test_an_absolute_path_outside_is_refused_whether_or_not_it_exists(home: Path
             find_workflow(str(path), Folders(home))
 
 
+@needs.symlinks
 def test_a_link_to_the_outside_is_refused_and_one_to_the_inside_is_not(home: Path) -> None:
     secret = write(home / "secret.json")
     inside = put_workflow(home, "w.json", {})
@@ -150,6 +152,7 @@ def test_a_link_to_the_outside_is_refused_and_one_to_the_inside_is_not(home: Pat
     assert "out/secret.json" not in workflow_names(Folders(home))
 
 
+@needs.symlinks
 def test_the_folder_itself_may_be_a_link(home: Path, tmp_path: Path) -> None:
     elsewhere = write(tmp_path / "elsewhere" / "w.json")
     (home / "Legion-SHM").mkdir()

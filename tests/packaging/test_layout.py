@@ -253,6 +253,9 @@ def test_no_module_reads_the_wall_clock() -> None:
     assert uses == []
 
 
+@pytest.mark.skipif(
+    not (REPO / "legion_shm" / "transport").is_dir(), reason="this checkout has no symbolic links"
+)
 def test_imports_go_downward_only() -> None:
     code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)

@@ -16,13 +16,14 @@ import array
 import os
 import random
 import re
-import resource
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
+import psutil
 import torch
 
 from legion_shm.errors import ProtocolError, UnsupportedValue
@@ -33,7 +34,7 @@ from legion_shm.transport.frames import MESSAGES, decode_message, encode_message
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.leases import LeaseTable
 from legion_shm.transport.messages import Heartbeat, LogRecord, Released
-from legion_shm.transport.segment_memfd import MemfdSegment
+from legion_shm.transport.segment import SegmentKind, attach_segment, create_segment
 from tests.transport.fake_store import FakeStore
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -58,7 +59,8 @@ def frames(data: bytes) -> None:
     assert repr(decode_message(again, max_bytes=1 << 22)) == repr(message)
 
 
-_segment = MemfdSegment.create(1 << 20, name_prefix="legion-fuzz-")
+_KIND: SegmentKind = "memfd" if sys.platform == "linux" else "portable"
+_segment = create_segment(_KIND, 1 << 20, name_prefix="legion-fuzz-")
 _live = BlockHandle(7, 1, 8192, 4096, 5)
 
 
@@ -73,7 +75,8 @@ def handles(data: bytes) -> None:
     table.add_segment(7, 1, 1 << 20)
     table.publish(_live, "somebody")
     views = Attachments()
-    views.add(7, 1, MemfdSegment(os.dup(_segment.descriptor), 1 << 20))
+    known = _segment.descriptor
+    views.add(7, 1, attach_segment(_KIND, os.dup(known) if isinstance(known, int) else known, 1 << 20))
     try:
         view = views.view(handle)
         assert handle.offset + len(view) <= 1 << 20
@@ -106,8 +109,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "codec": codec,
     "frames": frames,
     "handles": handles,
-    "descriptors": descriptors,
 }
+if sys.platform == "linux":
+    TARGETS["descriptors"] = descriptors
 
 
 def answer(target: str, data: bytes) -> str:
@@ -182,13 +186,23 @@ def mutated(data: bytes, others: list[bytes], dice: random.Random) -> bytes:
     return bytes(spoiled[:INPUT_MAX])
 
 
+def _peak_bytes() -> int:
+    """The most memory that this process has had."""
+    if sys.platform == "linux":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))
+
+
 def fuzz(target: str, *, seconds: float, seed: int, keep: bool = False) -> tuple[int, int]:
     """Inputs tried and different answers seen. The first input that breaks the invariant is raised."""
     dice = random.Random(seed)
     grown = seeds(target)
     answers: set[str] = set()
     tried, until_s = 0, time.monotonic() + seconds
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_bytes()
     while time.monotonic() < until_s:
         data = grown[tried] if tried < len(grown) else mutated(dice.choice(grown), grown, dice)
         tried += 1
@@ -201,7 +215,7 @@ def fuzz(target: str, *, seconds: float, seed: int, keep: bool = False) -> tuple
             grown.append(data)
             if keep and len(list(CORPUS.glob(f"{target}-*"))) < _KEPT_MAX and len(data) < 512:
                 (CORPUS / f"{target}-{len(answers):03}").write_bytes(data)
-    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    more = _peak_bytes() - before
     assert more < GROWN_MAX_BYTES, f"{target} made this process grow by {more} bytes"
     return tried, len(answers)
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.system.support import run_script
+
+pytestmark = needs.rlimits
 
 PREAMBLE = """
 import os, resource, threading

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from legion_shm import Job, JobCancelled, Supervisor, WorkerLost
 from legion_shm.testing import assert_nothing_left, snapshot
+from tests import needs
 from tests.reliability.soak import soak
 from tests.system.support import flow, spec
 
@@ -104,7 +105,7 @@ class Callers(RuleBasedStateMachine):
         if self.kept:
             self.kept.pop(which % len(self.kept))
 
-    @rule(which=st.integers(0, 9), number=st.sampled_from([signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV]))
+    @rule(which=st.integers(0, 9), number=st.sampled_from([needs.KILL, signal.SIGTERM, signal.SIGSEGV]))
     def kill(self, which: int, number: int) -> None:
         workers = [worker for worker in self.legion.workers() if worker.pid is not None]
         if workers and self.kills < 4:

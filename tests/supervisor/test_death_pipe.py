@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import needs
+
 CHILD = """
 import ctypes, os, sys
 from legion_shm.supervisor import death_pipe
@@ -47,6 +49,7 @@ def test_the_kernel_ends_the_whole_group_when_the_writer_closes(busy: str) -> No
         assert child.wait(5) == -signal.SIGKILL
 
 
+@needs.posix
 def test_a_writer_that_was_gone_before_is_noticed() -> None:
     child, writer = started("arm", "lock free")
     os.close(writer)
@@ -54,6 +57,7 @@ def test_a_writer_that_was_gone_before_is_noticed() -> None:
         assert child.wait(10) == -signal.SIGKILL
 
 
+@needs.posix
 def test_where_the_kernel_does_not_help_a_thread_does() -> None:
     child, writer = started("watch", "lock free")
     with child:

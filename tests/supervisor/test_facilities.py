@@ -12,14 +12,14 @@ import pytest
 
 from legion_shm.supervisor.facilities import PLAIN, exit_descriptor, launcher_in_words
 from legion_shm.supervisor.wake import Wake
+from tests import needs
 
 
 def readable(fd: int, within_s: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(within_s * 1000))
+    return bool(select.select([fd], [], [], within_s)[0])
 
 
+@needs.posix
 @pytest.mark.parametrize("way", ["as it is here", "waitid", "wait"])
 def test_the_end_of_a_process_makes_its_descriptor_readable(
     way: str, monkeypatch: pytest.MonkeyPatch
@@ -40,6 +40,7 @@ def test_the_end_of_a_process_makes_its_descriptor_readable(
         child.communicate()
 
 
+@needs.posix
 def test_a_child_of_the_process_does_not_hide_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PLAIN, "1")
     program = "import os, time; os.fork() or time.sleep(60); input()"
@@ -55,6 +56,7 @@ def test_a_child_of_the_process_does_not_hide_its_end(monkeypatch: pytest.Monkey
         os.close(fd)
 
 
+@needs.posix
 def test_the_words_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PLAIN, "1")
     assert "thread" in launcher_in_words()[1]
@@ -66,7 +68,7 @@ def test_the_words_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "job object" in launcher_in_words()[0]
 
 
-@pytest.mark.parametrize("sockets", [False, True])
+@pytest.mark.parametrize("sockets", [pytest.param(False, marks=needs.posix), True])
 def test_a_wake_up_is_seen_until_it_is_cleared(sockets: bool) -> None:
     wake = Wake(sockets=sockets)
     try:

@@ -28,6 +28,9 @@ from legion_shm.supervisor.spawn_windows import WindowsWorker, start_worker
 from legion_shm.supervisor.spawned import SIGKILL, SIGTERM
 from legion_shm.supervisor.worker_io import LineReader, begun_mark
 from legion_shm.transport.channel import Endpoint
+from tests import needs
+
+pytestmark = needs.posix
 
 JOB = 1_000_000
 CHILD = """

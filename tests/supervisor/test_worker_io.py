@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from legion_shm.config import WorkerSpec
 from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.worker_io import LineReader, WorkerIO, begun_mark, describe_exit
+from tests import needs
 
 
 class Pipe:
@@ -79,6 +80,7 @@ def test_what_is_not_utf8_is_shown_all_the_same(pipe: Pipe) -> None:
     assert pipe.reader.read() == ["café \ufffd"]
 
 
+@needs.posix
 @pytest.mark.parametrize("end", [b"\n", b""])
 def test_an_overlong_line_is_broken_up_and_nothing_of_it_is_lost(pipe: Pipe, end: bytes) -> None:
     text = bytes(ord("a") + n % 26 for n in range(20_000))
@@ -168,6 +170,7 @@ def test_both_streams_are_read_and_the_last_lines_are_kept() -> None:
         err.close()
 
 
+@needs.posix
 def test_a_signal_goes_to_the_group_and_is_kept_for_a_worker_that_is_not_there_yet() -> None:
     io = worker()
     io.signal("SIGTERM")

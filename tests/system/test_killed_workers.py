@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from legion_shm import JobFailed, JobRetrying, Supervisor, WorkerLost
+from tests import needs
 from tests.system.support import (
     MEGABYTE_OF_FLOATS,
     Gate,
@@ -41,13 +41,13 @@ def test_a_worker_killed_in_mid_job_costs_that_job_alone(legion: Supervisor, tmp
     gate.entered()
     victim = worker_of(legion, job)
 
-    os.kill(pid_of(victim), signal.SIGKILL)
+    os.kill(pid_of(victim), needs.KILL)
     killed_s = time.monotonic()
-    with pytest.raises(WorkerLost, match="SIGKILL") as caught:
+    with pytest.raises(WorkerLost, match=needs.KILLED) as caught:
         job.result(timeout=10)
     assert time.monotonic() - killed_s < 1.0
 
-    assert caught.value.signal_name == "SIGKILL"
+    assert caught.value.signal_name == (None if needs.WINDOWS else "SIGKILL")
     assert (caught.value.job_id, caught.value.worker_id) == (job.id, victim.id)
     assert job.state == "lost"
     assert float(before.sum()) == 3.0 * before.numel(), "results delivered before stay readable"
@@ -71,6 +71,7 @@ def test_the_last_words_of_a_lost_worker_are_quoted(legion: Supervisor) -> None:
     assert (caught.value.exit_code, caught.value.signal_name) == (7, None)
 
 
+@needs.posix
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT"])
 def test_a_crash_is_named_and_faulthandlers_log_is_kept(legion: Supervisor, name: str) -> None:
     with pytest.raises(WorkerLost, match=name) as caught:
@@ -104,7 +105,7 @@ def test_an_idle_worker_that_is_killed_is_replaced_and_no_job_is_affected(legion
 
     (pid,) = mine()
     assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, needs.KILL)
     wait_for(lambda: mine() not in ([], [pid]), "another worker is idle")
     assert gone(pid)
     assert float(run(legion, "TestAdd", result, on=shared)[0]) == 3.0
@@ -122,7 +123,7 @@ def test_a_job_that_asked_for_it_is_run_again_elsewhere(legion: Supervisor, tmp_
     assert result.stats.attempts == 3
     retries = [event for event in job.events() if isinstance(event, JobRetrying)]
     assert [event.attempt for event in retries] == [1, 2]
-    assert all("SIGKILL" in event.reason for event in retries)
+    assert all(needs.KILLED in event.reason for event in retries)
     assert len(set(deaths.read_text().split())) == 2
 
 
@@ -135,6 +136,7 @@ def test_a_job_that_has_cost_three_workers_is_poisoned(legion: Supervisor, tmp_p
     assert run(legion, "TestPass", 1) == 1
 
 
+@needs.posix
 def test_a_stopped_worker_is_found_hung_and_ended() -> None:
     with Supervisor(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.5) as legion:
         run(legion, "TestPass")
@@ -152,7 +154,7 @@ def test_what_a_worker_started_ends_with_it(legion: Supervisor) -> None:
     assert not gone(grandchild)
     job = legion.submit(flow("TestSleep", seconds=60.0), spec=shared)
     node_started(job)
-    os.kill(pid_of(worker_of(legion, job)), signal.SIGKILL)
+    os.kill(pid_of(worker_of(legion, job)), needs.KILL)
     assert isinstance(job.exception(timeout=10), WorkerLost)
     wait_for(lambda: gone(grandchild), "the grandchild has ended")
     again = run(legion, "TestGrandchild", on=shared)
@@ -165,6 +167,6 @@ def test_a_job_sent_to_a_worker_that_was_just_killed_runs_in_another(legion: Sup
     legion.submit(flow("TestAdd"), inputs=[torch.ones(1)], spec=own).result(timeout=60)
     for number in range(3):
         victim = next(info for info in legion.workers() if info.spec_key == own.key)
-        os.kill(pid_of(victim), signal.SIGKILL)
+        os.kill(pid_of(victim), needs.KILL)
         job = legion.submit(flow("TestAdd"), inputs=[torch.full((1,), float(number))], spec=own)
         assert float(job.result(timeout=60)["output_1"]) == number + 1.0

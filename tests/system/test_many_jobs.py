@@ -12,6 +12,7 @@ import torch
 
 from legion_shm import Supervisor, SupervisorSettings
 from legion_shm.testing import assert_nothing_left, snapshot
+from tests import needs
 from tests.system.support import MEGABYTE_OF_FLOATS, flow, in_threads, only_worker, pid_of, run, spec
 
 MB = 1 << 20
@@ -26,6 +27,7 @@ def anonymous_bytes() -> int:
     return int(match[1]) * 1024
 
 
+@needs.linux
 def test_a_thousand_jobs_of_a_megabyte_from_eight_threads_leave_nothing_behind() -> None:
     torch.ones(1)
     gc.collect()

@@ -13,6 +13,7 @@ import torch
 
 from legion_shm import Supervisor, WorkerLost
 from legion_shm.supervisor.facilities import PLAIN
+from tests import needs
 from tests.system.support import (
     MEGABYTE_OF_FLOATS,
     flow,
@@ -25,6 +26,8 @@ from tests.system.support import (
     spec,
     wait_for,
 )
+
+pytestmark = needs.posix
 
 PROGRAM = """
 import sys

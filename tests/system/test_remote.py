@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from legion_shm import RemoteHandle, Supervisor, UnsupportedValue, WorkerLost, WorkerSpec
+from tests import needs
 from tests.system.support import spec, wait_for
 
 LIVE = Path(__file__).with_name("live_nodes.py")
@@ -128,7 +128,7 @@ def test_after_its_worker_died_a_handle_raises_worker_lost(legion: Supervisor) -
     handle = run(legion, "MakeEngine", "x")
     (worker,) = legion.workers()
     assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker.pid, needs.KILL)
     with pytest.raises(WorkerLost, match="worker"):
         legion.submit(flow("RunEngine"), inputs=[handle], spec=SPEC, retries=3).result(timeout=60)
     wait_for(lambda: all(info.pid != worker.pid for info in legion.workers()), "the end")

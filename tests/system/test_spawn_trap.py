@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from legion_shm.transport.runtime_dir import sweep_stale
+from tests import needs
 from tests.system.support import gone, run_script, script_env, wait_for
 
 # Not under a main guard: a second import of __main__ would count, and start workers of its own.
@@ -120,6 +121,7 @@ with Supervisor() as legion:
     assert gone(int(done.stdout.split()[1]))
 
 
+@needs.posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_program_that_is_interrupted_ends_with_its_workers(tmp_path: Path, number: signal.Signals) -> None:
     program = program_of("""
@@ -177,6 +179,7 @@ print("ended", not thread.is_alive())
     assert "ended True" in done.stdout, done.stderr
 
 
+@needs.fork
 def test_a_forked_child_is_refused_and_its_parent_is_fine(tmp_path: Path) -> None:
     program = program_of("""
 import os, sys, torch
@@ -214,6 +217,7 @@ print("result", legion.submit(flow("TestPass"), inputs=[42], spec=spec()).result
     went_well(done, tmp_path)
 
 
+@needs.fork
 def test_a_forked_child_that_lives_on_does_not_keep_the_workers_alive(tmp_path: Path) -> None:
     program = program_of("""
 import os, time

@@ -26,6 +26,7 @@ from legion_shm import (
 from legion_shm.testing import assert_nothing_left, snapshot
 from legion_shm.transport.channel import ChannelKind
 from legion_shm.transport.segment import SegmentKind
+from tests import needs
 from tests.system.support import Gate, flow, gone, in_threads, only_worker, pid_of, run, spec, wait_for
 
 MB = 1 << 20
@@ -96,6 +97,7 @@ def test_free_drops_what_the_worker_has_cached(legion: Supervisor) -> None:
     assert cached() == 0
 
 
+@needs.linux
 def test_free_that_waits_says_how_much_memory_came_back(legion: Supervisor, tmp_path: Path) -> None:
     own = spec(env={"WHO": "freed"})
     big = {"width": 2000, "height": 2000, "batch_size": 1, "color": 5}  # 48 MB, which stay in the cache
@@ -320,7 +322,15 @@ def test_a_finalizer_may_submit_cancel_and_drop(legion: Supervisor) -> None:
         assert isinstance(job.exception(timeout=30), (JobCancelled, type(None)))
 
 
-@pytest.mark.parametrize("kinds", [("portable", "ipc"), ("memfd", "tcp"), ("portable", "tcp")], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(("portable", "ipc"), marks=needs.posix),
+        pytest.param(("memfd", "tcp"), marks=needs.linux),
+        ("portable", "tcp"),
+    ],
+    ids="-".join,
+)
 def test_the_other_kinds_of_memory_and_channel_do_the_same(
     kinds: tuple[SegmentKind, ChannelKind], tmp_path: Path
 ) -> None:

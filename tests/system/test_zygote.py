@@ -12,7 +12,10 @@ import psutil
 import pytest
 
 from legion_shm import Supervisor, WorkerInfo, WorkerLost, WorkerSpec
+from tests import needs
 from tests.system.support import flow, gone, node_started, pid_of, run, spec, wait_for
+
+pytestmark = needs.linux
 
 NODES = """
 import os, random, sys, tempfile, threading, uuid

@@ -12,6 +12,8 @@ from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
 
 __all__ = ["FakeBlock", "FakeStore"]
 
+_ALIGN = 64
+
 
 @dataclass(frozen=True)
 class FakeBlock:
@@ -43,7 +45,9 @@ class FakeStore:
     def reserve(self, nbytes: int) -> FakeBlock:
         if self.max_blocks is not None and len(self._memory) >= self.max_blocks:
             raise ArenaFull(f"the test's store holds {self.max_blocks} blocks already")
-        memory = (ctypes.c_ubyte * nbytes)()
+        # Aligned as real blocks are: torch's copy of complex128 faults on Windows where it is not.
+        room = (ctypes.c_ubyte * (nbytes + _ALIGN))()
+        memory = (ctypes.c_ubyte * nbytes).from_buffer(room, -ctypes.addressof(room) % _ALIGN)
         number = len(self.reserved)
         handle = BlockHandle(7, 0, number * BLOCK_ALIGN, nbytes, number)
         self.reserved.append(handle)

@@ -17,6 +17,7 @@ from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
 from legion_shm.transport.segment import Segment, SegmentKind, attach_segment, create_segment
+from tests import needs
 
 PAGE = BLOCK_ALIGN
 ARENA = 77
@@ -58,7 +59,7 @@ def attached_again(segment: Segment) -> Segment:
     )
 
 
-@pytest.fixture(params=["memfd", "portable"])
+@pytest.fixture(params=needs.SEGMENT_KINDS)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     pair = Pair(request.param)
     yield pair
@@ -222,6 +223,7 @@ def test_an_unknown_segment_is_asked_for_once_within_a_deadline(pair: Pair) -> N
     segment.close()
 
 
+@needs.linux
 def test_a_segment_is_added_once_and_dropped_by_arena_or_by_id(memfd: Pair) -> None:
     attachments = Attachments()
     segments = [create_segment("memfd", PAGE, name_prefix="legion-test-") for _ in range(4)]
@@ -244,6 +246,7 @@ def test_a_segment_is_added_once_and_dropped_by_arena_or_by_id(memfd: Pair) -> N
 # --- find ---------------------------------------------------------------------------------------------
 
 
+@needs.linux
 def test_a_clean_view_and_any_part_of_it_is_found(pair: Pair) -> None:
     handles = [pair.publish(floats(n)) for n in range(5)]
     tensors = [tensor_of(pair.receiver.view(handle)) for handle in handles]
@@ -263,6 +266,7 @@ def test_memory_that_is_no_view_is_not_found(pair: Pair) -> None:
     assert pair.receiver.find(tensor.data_ptr(), 0) is None
 
 
+@needs.linux
 @pytest.mark.parametrize(
     "write",
     [
@@ -282,6 +286,7 @@ def test_a_written_view_is_no_longer_found(pair: Pair, write: Any) -> None:
     assert pair.receiver.find(untouched.data_ptr(), untouched.nbytes) == (handle, 0)
 
 
+@needs.linux
 def test_the_unwritten_part_of_a_written_view_is_still_found(pair: Pair) -> None:
     handle = pair.publish(floats(1))
     tensor = tensor_of(pair.receiver.view(handle))
@@ -309,6 +314,7 @@ def test_a_dead_view_is_not_found_even_before_it_is_drained(pair: Pair) -> None:
     assert pair.receiver.drain_released() == [handle]
 
 
+@needs.linux
 def test_many_views_come_and_go_in_any_order(memfd: Pair) -> None:
     handles = [memfd.publish(floats(n, 1000)) for n in range(60)]
     tensors = {n: tensor_of(memfd.receiver.view(handle)) for n, handle in enumerate(handles)}
@@ -329,6 +335,7 @@ def adopted(pair: Pair, gone: list[BlockHandle]) -> tuple[Block, torch.Tensor]:
     return block, tensor_of(pair.own.adopt_owned(block.handle, block.address, gone.append))
 
 
+@needs.linux
 def test_an_adopted_block_is_found_until_written_after_isolation(memfd: Pair) -> None:
     gone: list[BlockHandle] = []
     block, tensor = adopted(memfd, gone)
@@ -391,6 +398,7 @@ def test_a_block_is_adopted_once_and_only_where_it_is(pair: Pair) -> None:
 # --- threads and forks --------------------------------------------------------------------------------
 
 
+@needs.linux
 def test_many_threads_view_write_find_and_release(memfd: Pair) -> None:
     handles = [memfd.publish(floats(n, 3000)) for n in range(6)]
     expected = [torch.from_numpy(floats(n, 3000)) for n in range(6)]
@@ -422,6 +430,7 @@ def test_many_threads_view_write_find_and_release(memfd: Pair) -> None:
     assert memfd.receiver.live_views() == 0
 
 
+@needs.fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_reads_its_views_but_cannot_use_the_attachments(memfd: Pair) -> None:
     handle = memfd.publish(floats(1))

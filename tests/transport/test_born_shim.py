@@ -12,6 +12,7 @@ import pytest
 from legion_shm.transport import born_build
 from legion_shm.transport.born import Shim
 from legion_shm.transport.born_build import library_path, preload_problem
+from tests import needs
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc")
@@ -75,6 +76,7 @@ def test_what_others_could_have_written_is_not_loaded(cache: Path, which: str) -
     assert "only this user can write" in library_path()[1]
 
 
+@needs.posix
 def test_without_a_compiler_there_is_a_reason_and_no_error(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +88,7 @@ def test_without_a_compiler_there_is_a_reason_and_no_error(
     assert "no C compiler" in reason
 
 
+@needs.posix
 def test_a_compiler_that_fails_is_quoted(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.codec import DevicePolicy, decode, encode, value_identity
 from legion_shm.transport.handles import BlockHandle, new_arena_id
 from legion_shm.transport.segment import Segment, attach_segment, create_segment
+from tests import needs
 from tests.transport.codec_values import (
     TENSOR_DTYPES,
     Sample,
@@ -537,7 +538,7 @@ def real() -> Iterator[ArenaStore]:
     store.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd")
+@needs.linux
 def test_values_cross_the_real_arena_by_copy_then_by_reference_then_by_copy_when_written(
     real: ArenaStore,
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from legion_shm.transport import copying
 from legion_shm.transport.copying import SPLIT_MIN_BYTES, Chooser, copy_memory
+from tests import needs
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,7 @@ def test_an_interrupt_waits_for_the_helpers_half(monkeypatch: pytest.MonkeyPatch
     assert not helper._free.locked()
 
 
+@needs.fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_copies_with_a_helper_of_its_own() -> None:
     assert copied(2 * SPLIT_MIN_BYTES)

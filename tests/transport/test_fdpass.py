@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import array
 import os
-import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -11,6 +10,9 @@ import pytest
 
 from legion_shm.errors import ProtocolError
 from legion_shm.transport.fdpass import SegmentReceiver, send_segment_fd
+from tests import needs
+
+pytestmark = needs.posix
 
 HEADER = struct.Struct("<4sHHQIIQ")
 GOOD = HEADER.pack(b"LSEG", 1, 0, 7, 3, 0, 4096)
@@ -149,6 +151,8 @@ def test_a_descriptor_over_the_limit_of_open_files_says_so(ends: Ends) -> None:
     receiver = SegmentReceiver(right)
     with open(os.devnull) as file:
         send_segment_fd(left, 1, 2, 4096, file.fileno())
+        import resource
+
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 1, hard))
         try:

@@ -22,6 +22,7 @@ from legion_shm.transport.runtime_dir import (
     sweep_stale,
 )
 from legion_shm.transport.segment import create_segment
+from tests import needs
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +38,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
+@needs.posix
 def test_a_new_directory_is_private_unguessable_and_its_own(base: Path) -> None:
     with RuntimeDir.create(base) as first, RuntimeDir.create(base) as second:
         assert first.path != second.path
@@ -46,6 +48,7 @@ def test_a_new_directory_is_private_unguessable_and_its_own(base: Path) -> None:
         assert len(first.path.name) >= 16
 
 
+@needs.posix
 @pytest.mark.parametrize("umask", [0o000, 0o777])
 def test_the_umask_changes_nothing(base: Path, umask: int) -> None:
     before = os.umask(umask)
@@ -57,6 +60,7 @@ def test_the_umask_changes_nothing(base: Path, umask: int) -> None:
     made.close()
 
 
+@needs.posix
 def test_closing_removes_the_directory_with_its_sockets_and_lock(base: Path) -> None:
     fds = len(os.listdir("/proc/self/fd"))
     made = RuntimeDir.create(base)
@@ -68,6 +72,7 @@ def test_closing_removes_the_directory_with_its_sockets_and_lock(base: Path) -> 
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
+@needs.symlinks
 def test_a_symlink_is_refused(base: Path) -> None:
     target = base.parent / "target"
     target.mkdir(mode=0o700)
@@ -78,6 +83,7 @@ def test_a_symlink_is_refused(base: Path) -> None:
     assert os.listdir(target) == []
 
 
+@needs.posix
 def test_another_users_directory_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base.mkdir(mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
@@ -88,6 +94,7 @@ def test_another_users_directory_is_refused(base: Path, monkeypatch: pytest.Monk
     assert os.listdir(base) == []
 
 
+@needs.posix
 @pytest.mark.parametrize("bits", [0o755, 0o777, 0o750, 0o1700, 0o500])
 def test_a_directory_of_another_mode_is_refused(base: Path, bits: int) -> None:
     base.mkdir()
@@ -126,6 +133,7 @@ def test_a_bad_token_is_refused(base: Path) -> None:
             RuntimeDir.create(base, token)
 
 
+@needs.posix
 def test_the_default_base_is_the_users_runtime_directory_or_the_temporary_one(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +179,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     return Path(path), name
 
 
+@needs.posix
 def test_what_a_killed_supervisor_left_is_swept_and_the_living_are_not(base: Path) -> None:
     token = f"t{os.getpid()}"
     path, name = killed_supervisor(base, f"{token}a")
@@ -187,6 +196,7 @@ def test_what_a_killed_supervisor_left_is_swept_and_the_living_are_not(base: Pat
     assert os.listdir(base) == []
 
 
+@needs.posix
 def test_a_lock_file_with_strange_content_removes_no_segment(base: Path) -> None:
     base.mkdir(mode=0o700)
     bystander = create_segment("portable", 65536, name_prefix=f"legion-t{os.getpid()}-")
@@ -199,6 +209,7 @@ def test_a_lock_file_with_strange_content_removes_no_segment(base: Path) -> None
     bystander.close()
 
 
+@needs.symlinks
 def test_a_symlink_among_the_locks_is_not_followed(base: Path) -> None:
     base.mkdir(mode=0o700)
     outside = base.parent / "outside"
@@ -215,6 +226,7 @@ def test_no_base_is_nothing_to_sweep(base: Path) -> None:
     assert sweep_stale(base) == []
 
 
+@needs.fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_neither_removes_the_directory_nor_holds_its_lock(base: Path) -> None:
     made = RuntimeDir.create(base)
@@ -239,6 +251,7 @@ def test_a_forked_child_neither_removes_the_directory_nor_holds_its_lock(base: P
     made._lock_fd = -1
 
 
+@needs.posix
 def test_a_sweep_that_comes_while_a_lock_file_is_made_costs_only_another_name(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,8 +273,8 @@ def test_a_sweep_that_comes_while_a_lock_file_is_made_costs_only_another_name(
     assert os.listdir(base) == []
 
 
-def test_a_base_in_a_missing_folder_is_not_made(tmp_path: Path) -> None:
+def test_a_base_in_a_missing_folder_is_not_made(base: Path) -> None:
     with pytest.raises(ConfigError, match="there is no directory") as caught:
-        RuntimeDir.create(tmp_path / "x" / "b")
+        RuntimeDir.create(base.parent / "x" / "b")
     assert caught.value.key == "runtime_dir"
-    assert list(tmp_path.iterdir()) == []
+    assert list(base.parent.iterdir()) == []

@@ -7,7 +7,6 @@ import errno
 import gc
 import mmap
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -27,22 +26,17 @@ from legion_shm.transport.segment import (
     attach_segment,
     available_memory_bytes,
     create_segment,
-    supported_kinds,
 )
+from tests import needs
 
 PAGE = BLOCK_ALIGN
 SIZE = 16 * PAGE
 PREFIX = f"legion-t{os.getpid()}-"
 ROOT = Path(__file__).parents[2]
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the page tables can be read on Linux only")
 
-
-@pytest.fixture(params=["memfd", "portable"])
+@pytest.fixture(params=needs.SEGMENT_KINDS)
 def kind(request: pytest.FixtureRequest) -> SegmentKind:
-    reason = supported_kinds()[request.param]
-    if reason:
-        pytest.skip(reason)
     return request.param  # type: ignore[no-any-return]
 
 
@@ -71,6 +65,10 @@ def named_segments() -> list[str]:
     return [name for name in os.listdir("/dev/shm") if name.startswith(PREFIX)]
 
 
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+
+
 def put(address: int, text: bytes) -> None:
     ctypes.memmove(address, text, len(text))
 
@@ -86,6 +84,10 @@ def run_child(owner: Segment, body: str) -> str:
         f"""
         import ctypes, os, signal, sys
         from legion_shm.transport.segment import attach_segment
+
+        def end():
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
         segment = attach_segment({owner.kind!r}, {descriptor!r}, {owner.nbytes})
         """
     ) + textwrap.dedent(body)
@@ -93,7 +95,7 @@ def run_child(owner: Segment, body: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, pass_fds=fds, capture_output=True, text=True, timeout=30
     )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    assert done.returncode in (0, signal.SIGTERM if needs.WINDOWS else -signal.SIGKILL), done.stderr
     assert done.stderr == ""
     return done.stdout.strip()
 
@@ -118,7 +120,7 @@ def test_a_readers_write_is_seen_by_nobody_else(owner: Segment, reader: Segment)
     other.close()
 
 
-@linux_only
+@needs.linux
 def test_written_pages_are_dirty_and_only_they(owner: Segment, reader: Segment) -> None:
     block = reader.map_block(4 * PAGE, 4 * PAGE)
     get(block.address, 4 * PAGE)
@@ -187,12 +189,13 @@ def test_views_stay_valid_after_their_segment_is_closed(owner: Segment) -> None:
             closed.map_block(0, PAGE)
 
 
+@needs.linux
 def test_nothing_of_a_segment_is_left_when_its_last_view_is_gone(kind: SegmentKind) -> None:
     def holdings() -> tuple[int, int, list[str]]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text()
         mapped = sum(PREFIX in line for line in maps.splitlines())
-        return len(os.listdir("/proc/self/fd")), mapped, named_segments()
+        return open_fds(), mapped, named_segments()
 
     before = holdings()
     owner = create_segment(kind, SIZE, name_prefix=PREFIX)
@@ -219,11 +222,11 @@ def test_a_block_outside_of_the_segment_is_not_mapped(reader: Segment, offset: i
 @pytest.mark.parametrize("claimed", [SIZE + PAGE, SIZE - PAGE, 0, -PAGE, SIZE + 1])
 def test_a_segment_of_another_size_than_claimed_is_refused(owner: Segment, claimed: int) -> None:
     descriptor = owner.descriptor
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     mine = os.dup(descriptor) if isinstance(descriptor, int) else descriptor
     with pytest.raises(InvalidHandle):
         attach_segment(owner.kind, mine, claimed)
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert open_fds() == fds
 
 
 def test_a_descriptor_of_the_other_kind_is_refused(kind: SegmentKind) -> None:
@@ -237,8 +240,11 @@ def test_a_segment_is_whole_pages(kind: SegmentKind, nbytes: int) -> None:
         create_segment(kind, nbytes, name_prefix=PREFIX)
 
 
+@needs.rlimits
 def test_a_shortage_is_arena_full_and_leaves_nothing(kind: SegmentKind) -> None:
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))
     try:
@@ -246,11 +252,11 @@ def test_a_shortage_is_arena_full_and_leaves_nothing(kind: SegmentKind) -> None:
             create_segment(kind, 2 * SIZE, name_prefix=PREFIX)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert open_fds() == fds
     assert named_segments() == []
 
 
-@linux_only
+@needs.linux
 def test_more_than_the_machine_has_left_is_never_allocated(kind: SegmentKind) -> None:
     available = available_memory_bytes()
     assert available is not None
@@ -269,10 +275,10 @@ def test_another_process_reads_writes_privately_and_leaves_the_segment_whole(own
         print(ctypes.string_at(block.address, 15) == bytes(15), block.dirty(0, 100))
         """,
     )
-    assert printed.splitlines() == ["from the parent False", "True True"]
+    assert printed.splitlines() == [f"from the parent {needs.WINDOWS}", "True True"]
     assert get(owner.shared_address() + 3 * PAGE, 15) == b"from the parent"
     # Its exit, orderly or not, must not take the segment away from the others.
-    run_child(owner, "segment.map_block(0, 1); os.kill(os.getpid(), signal.SIGKILL)")
+    run_child(owner, "segment.map_block(0, 1); end()")
     reader = attached_again(owner)
     assert get(reader.map_block(3 * PAGE, 15).address, 15) == b"from the parent"
     reader.close()
@@ -284,7 +290,7 @@ def test_what_another_process_wrote_outlives_its_kill(owner: Segment) -> None:
         owner,
         """
         ctypes.memmove(segment.shared_address(), b"last words", 10)
-        os.kill(os.getpid(), signal.SIGKILL)
+        end()
         """,
     )
     assert get(block.address, 10) == b"last words"
@@ -300,6 +306,7 @@ def memfd() -> Iterator[Segment]:
     segment.close()
 
 
+@needs.linux
 def test_a_memfd_segment_cannot_be_resized_and_is_not_inherited(memfd: Segment) -> None:
     fd = memfd.descriptor
     assert isinstance(fd, int)
@@ -309,6 +316,7 @@ def test_a_memfd_segment_cannot_be_resized_and_is_not_inherited(memfd: Segment) 
     assert not os.get_inheritable(fd)
 
 
+@needs.linux
 def test_a_memfd_without_seals_is_refused() -> None:
     fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, SIZE)
@@ -318,6 +326,7 @@ def test_a_memfd_without_seals_is_refused() -> None:
         os.fstat(fd)
 
 
+@needs.linux
 def test_a_descriptor_that_is_no_memfd_is_refused_and_closed(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(InvalidHandle, match="not a memfd"):
@@ -326,6 +335,7 @@ def test_a_descriptor_that_is_no_memfd_is_refused_and_closed(tmp_path: Path) -> 
         os.fstat(fd)
 
 
+@needs.linux
 def test_an_isolated_block_hides_its_owners_writes_until_it_rejoins(memfd: Segment) -> None:
     reader = attached_again(memfd)
     address = memfd.shared_address() + PAGE
@@ -347,6 +357,7 @@ def test_an_isolated_block_hides_its_owners_writes_until_it_rejoins(memfd: Segme
     reader.close()
 
 
+@needs.linux
 def test_isolation_after_close_is_refused_and_touches_nothing(memfd: Segment) -> None:
     memory, address = memfd.shared_memory(), memfd.shared_address()
     put(address, b"hello")
@@ -358,6 +369,7 @@ def test_isolation_after_close_is_refused_and_touches_nothing(memfd: Segment) ->
     del memory
 
 
+@needs.linux
 def test_a_released_view_is_handed_out_again_at_the_same_address(memfd: Segment) -> None:
     first = memfd.map_block(0, PAGE)
     address = first.address
@@ -365,6 +377,7 @@ def test_a_released_view_is_handed_out_again_at_the_same_address(memfd: Segment)
     assert memfd.map_block(0, PAGE).address == address
 
 
+@needs.linux
 def test_a_view_whose_pages_cannot_be_dropped_is_never_handed_out_again(
     memfd: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +401,7 @@ def portable() -> Iterator[Segment]:
     segment.close()
 
 
+@needs.posix
 def test_a_portable_segment_is_never_told_to_the_resource_tracker(
     portable: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +414,7 @@ def test_a_portable_segment_is_never_told_to_the_resource_tracker(
     assert told == []
 
 
+@needs.posix
 def test_only_the_creator_unlinks_the_name(portable: Segment) -> None:
     name = str(portable.descriptor)
     attached_again(portable).close()

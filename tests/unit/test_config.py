@@ -189,7 +189,7 @@ def test_a_spec_may_be_a_mapping_or_left_out() -> None:
 
 def test_equal_specs_have_equal_keys_however_they_were_written() -> None:
     written: dict[str, Any] = {"node_modules": ["a"], "env": {"B": "2", "A": "1"}, "startup_timeout_s": 30}
-    one = WorkerSpec(**written, comfyui_path="/c")
+    one = WorkerSpec(**written, comfyui_path=str(Path("/c")))
     written = {"node_modules": "a", "env": {"A": 1, "B": 2}, "startup_timeout_s": 30.0}
     other = WorkerSpec(**written, comfyui_path=Path("/c"))
     assert one == other

@@ -102,7 +102,7 @@ def test_inputs_may_be_left_out_and_unknown_parts_of_a_node_are() -> None:
         ("[1, 2]", "the workflow text: expected an object of nodes, got list"),
         ("{}", "the workflow text has no nodes"),
         ({}, "the workflow has no nodes"),
-        ("no/such/file.json", "cannot read the workflow file 'no/such/file.json'"),
+        ("no/such/file.json", f"cannot read the workflow file {str(Path('no/such/file.json'))!r}"),
         (Path("no/such/file.json"), "cannot read the workflow file"),
         ("with\0nul.json", "cannot read the workflow file"),
         ("x" * 5000, "cannot read the workflow file"),
@@ -121,7 +121,7 @@ def test_a_file_with_a_fault_is_named(tmp_path: Path) -> None:
     path.write_text('{"1": ')
     assert f"the workflow file {path} is not valid JSON" in str(refused(path))
     path.write_bytes(b'{"1": "\xff"}')
-    assert str(path) in str(refused(str(path)))
+    assert repr(str(path)) in str(refused(str(path)))
     path.write_text("[]")
     assert f"the workflow file {path}: expected an object" in str(refused(path))
 
