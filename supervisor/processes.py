@@ -203,11 +203,14 @@ class Processes:
         """Workers whose time to speak is over, with their exit codes; None where nobody can tell it."""
         found: list[tuple[WorkerIO, int | None]] = []
         for worker in self._workers.values():
-            if worker.gone_at_s is not None and now >= worker.gone_at_s and worker.spawned is not None:
-                if worker.spawned.ended():
-                    found.append((worker, worker.spawned.exit_code()))
-                else:
-                    worker.gone_at_s = now + _STATUS_LOOK_S
+            if worker.gone_at_s is None or worker.spawned is None:
+                continue
+            due = now >= worker.gone_at_s
+            if (due or worker.status_awaited) and worker.spawned.ended():
+                found.append((worker, worker.spawned.exit_code()))
+            elif due:
+                worker.status_awaited = True  # of a fork its zygote's report, which wakes the loop
+                worker.gone_at_s = now + _STATUS_LOOK_S
         return found
 
     def next_due_s(self) -> float | None:

@@ -87,6 +87,7 @@ class WorkerIO:
     ready: bool = False
     kill_wanted: bool = False
     gone_at_s: float | None = None
+    status_awaited: bool = False  # it has ended, and the word on how is still to come
     violation: str = ""
     delivered: str = ""
     awaits_segment: bool = False

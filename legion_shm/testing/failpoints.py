@@ -8,8 +8,9 @@ so a worker's by its spec and a supervisor's by its own:
 
     place=action[@number][?file]
 
-``action``: ``kill`` (SIGKILL to itself), ``stop`` (SIGSTOP), ``exit`` (code 13, at once), ``raise:NAME`` (an
-OSError of that errno name, or MemoryError), ``pause:FILE`` (makes FILE.entered, waits for FILE.go).
+``action``: ``kill`` (SIGKILL to itself; on Windows TerminateProcess), ``stop`` (SIGSTOP; not on Windows),
+``exit`` (code 13, at once), ``raise:NAME`` (an OSError of that errno name, or MemoryError), ``pause:FILE``
+(makes FILE.entered, waits for FILE.go).
 ``number``: only at that pass through the place in this process, else at each. ``file``: only while it is not
 there, and it is made then: once, however many processes pass. In a program's own tests: `armed`.
 """
@@ -20,6 +21,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ class _Fault:
                 return
         kind, _, rest = self.action.partition(":")
         if kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
         elif kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif kind == "exit":
@@ -106,7 +108,7 @@ def arm(text: str) -> None:
         kind, _, argument = action.partition(":")
         known = {
             "kill": not argument,
-            "stop": not argument,
+            "stop": not argument and sys.platform != "win32",
             "exit": not argument,
             "raise": argument == "MemoryError" or hasattr(errno, argument),
             "pause": bool(argument),

@@ -75,10 +75,12 @@ def checkout_without_symlinks(target: Path, links: str) -> Path:
             },
         )
     for link in LINKS:
+        path = target / "legion_shm" / link
+        path.unlink(missing_ok=True)  # a text file, where this checkout itself has no symlinks
         if links == "empty folders":
-            (target / "legion_shm" / link).mkdir()
+            path.mkdir()
         else:
-            (target / "legion_shm" / link).write_text(f"../{link}", encoding="utf-8")
+            path.write_text(f"../{link}", encoding="utf-8")
     shutil.copy2(REPO / "__init__.py", target)
     return target
 

@@ -31,6 +31,7 @@ from legion_shm import (
     faults,
 )
 from legion_shm.testing.failpoints import PLACES, arm, armed
+from tests import needs
 from tests.reliability.support import do
 from tests.system.support import REPO, flow, gone, run, script_env, spec, wait_for
 
@@ -64,7 +65,11 @@ def whole(job: Job, value: float) -> bool:
 
 @pytest.mark.parametrize(
     "place",
-    [pytest.param("host.before_hello", marks=pytest.mark.slow), "host.before_ready", "host.before_begun"],
+    [
+        pytest.param("host.before_hello", marks=pytest.mark.slow),
+        pytest.param("host.before_ready", marks=needs.posix),
+        "host.before_begun",
+    ],
 )
 def test_a_worker_killed_before_it_begins_costs_no_job(
     legion: Supervisor, tmp_path: Path, place: str
@@ -132,7 +137,7 @@ def test_a_worker_killed_right_after_its_reply_gives_the_whole_result_or_none(
     legion.stop_workers(own)
 
 
-@pytest.mark.parametrize("action", ["kill", "stop"])
+@pytest.mark.parametrize("action", ["kill", pytest.param("stop", marks=needs.posix)])
 def test_a_worker_that_fails_while_it_stops_is_gone_all_the_same(legion: Supervisor, action: str) -> None:
     own = failing(f"host.while_stopping={action}")
     assert whole(add(legion, own, 1.0), 2.0)
@@ -142,6 +147,7 @@ def test_a_worker_that_fails_while_it_stops_is_gone_all_the_same(legion: Supervi
     wait_for(lambda: gone(pid), "the ladder has ended it", within_s=10.0)
 
 
+@needs.posix
 def test_a_worker_stopped_in_mid_write_is_found_hung(tmp_path: Path) -> None:
     with Supervisor(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.5) as legion:
         own = failing(f"copy.half_done=stop?{tmp_path / 'stopped'}")
@@ -154,7 +160,12 @@ def test_a_worker_stuck_in_c_with_the_interpreters_lock_is_found_hung() -> None:
     with Supervisor(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.5) as legion:
         do(legion, "out = 1").result(timeout=60)
         with pytest.raises(WorkerLost, match="heartbeat_timeout_s"):
-            do(legion, "import ctypes; ctypes.PyDLL(None).sleep(60)").result(timeout=30)
+            do(
+                legion,
+                "import ctypes, sys\n"
+                "if sys.platform == 'win32': ctypes.PyDLL('kernel32').Sleep(60_000)\n"
+                "else: ctypes.PyDLL(None).sleep(60)",
+            ).result(timeout=30)
 
 
 def test_a_worker_that_exits_at_its_start_says_its_code(legion: Supervisor) -> None:
@@ -190,7 +201,7 @@ def test_a_job_cancelled_twice_at_any_place_has_one_end(
 
 
 @pytest.mark.parametrize("trouble", ["ENOSPC", "EMFILE", "ENOSYS", "EPERM", "ENOMEM"])
-@pytest.mark.parametrize("segments", ["memfd", "portable"])
+@pytest.mark.parametrize("segments", needs.SEGMENT_KINDS)
 def test_memory_that_the_system_refuses_is_arena_full_and_comes_back(
     trouble: str, segments: Literal["memfd", "portable"]
 ) -> None:
@@ -267,6 +278,7 @@ def base() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@needs.posix
 @pytest.mark.parametrize(
     ("place", "segments"),
     [
@@ -319,17 +331,17 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 def test_each_place_is_in_the_code_and_in_a_test() -> None:
     folders = [REPO / name for name in ("transport", "supervisor")]
-    sources = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.py"))
     used = re.findall(r'^ +faults\.hit\("([a-z_.]+)"\)', sources, re.MULTILINE)
     assert sorted(used) == sorted(PLACES), "each once"
-    tests = Path(__file__).read_text()
+    tests = Path(__file__).read_text(encoding="utf-8")
     assert not [place for place in PLACES if tests.count(place) == 0]
 
 
 def test_each_place_is_behind_one_look_at_a_variable() -> None:
     for folder in ("transport", "supervisor"):
         for path in (REPO / folder).glob("*.py"):
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
             for before, line in itertools.pairwise(lines):
                 if line.lstrip().startswith("faults.hit(") and "half_done" not in line:
                     assert before.strip() == "if faults.hit is not None:", path

@@ -20,6 +20,7 @@ from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.fdpass import SegmentReceiver
 from legion_shm.transport.frames import encode_message
 from legion_shm.transport.messages import Heartbeat
+from tests import needs
 from tests.reliability.support import do, hostile, slowest_s
 
 FLOOD = """
@@ -137,6 +138,7 @@ def fake_worker(sock: socket.socket) -> WorkerIO:
     return worker
 
 
+@needs.linux
 def test_descriptors_that_a_worker_does_not_take_wait_for_it_and_not_the_loop() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     fd = os.memfd_create("x")

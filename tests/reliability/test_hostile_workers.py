@@ -12,6 +12,7 @@ import torch
 from legion_shm import JobFailed, LogEvent, Supervisor, WorkerLost
 from legion_shm.doctor import _try_death_signal
 from legion_shm.supervisor.replies import TEXT_MAX, readable
+from tests import needs
 from tests.reliability.support import do
 from tests.system.support import only_worker, wait_for
 
@@ -89,6 +90,7 @@ time.sleep(10)
     assert float(fill(legion, 2.0)[0]) == 2.0
 
 
+@needs.fork
 @pytest.mark.parametrize("end", ["out = 'child'", "raise SystemExit(0)", "raise ValueError('child')"])
 def test_a_child_that_a_node_forked_does_not_become_a_second_worker(legion: Supervisor, end: str) -> None:
     code = f"""
@@ -105,6 +107,7 @@ else:
     assert not psutil.Process(worker.pid).children()
 
 
+@needs.posix
 def test_the_doctors_probe_leaves_the_threads_signals_as_they_were() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
     _try_death_signal()

@@ -24,6 +24,7 @@ from tests.system.support import flow, spec
 ELEMENTS = 1 << 16
 
 
+@needs.linux
 def test_a_short_soak_loses_nothing_but_the_jobs_of_killed_workers() -> None:
     report = soak(160, kill_every=50, big_bytes=8_000_000)
     assert not report.wrong

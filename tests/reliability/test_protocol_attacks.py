@@ -22,6 +22,7 @@ from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.frames import encode_message
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import JobDone, LogRecord, Message, NodeNotes, SegmentRetired, Stop
+from tests import needs
 from tests.reliability.support import do, hostile
 
 SEGMENT = 1 << 20
@@ -35,7 +36,7 @@ class Rig:
         self.machine = Machine(_limits(settings))
         self.resolved: list[Any] = []
         self.memory = MasterMemory(
-            kind="memfd",
+            kind="portable" if needs.WINDOWS else "memfd",
             name_prefix="legion-attack-",
             inline_max_bytes=64,
             quota_bytes=1 << 24,

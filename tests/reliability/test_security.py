@@ -26,6 +26,7 @@ from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.codec import decode
 from legion_shm.transport.frames import decode_message
+from tests import needs
 from tests.system.support import REPO, pid_of, run, run_script, spec
 from tests.transport.fake_store import FakeStore
 
@@ -134,6 +135,7 @@ def test_a_runtime_directory_that_is_not_ours_alone_is_refused(base: Path, troub
     assert not list(base.iterdir())
 
 
+@needs.posix
 def test_the_directory_and_all_in_it_are_for_us_alone_and_cannot_be_guessed(base: Path) -> None:
     with Supervisor(runtime_dir=str(base)), Supervisor(runtime_dir=str(base)):
         assert stat.S_IMODE(os.lstat(base).st_mode) == 0o700
@@ -145,6 +147,7 @@ def test_the_directory_and_all_in_it_are_for_us_alone_and_cannot_be_guessed(base
     assert not list(base.iterdir())
 
 
+@needs.posix
 def test_a_peer_of_our_own_that_speaks_garbage_is_dropped(base: Path) -> None:
     with Supervisor(runtime_dir=str(base)) as legion:
         (path,) = base.glob("*/control")
@@ -170,7 +173,7 @@ def test_a_peer_of_our_own_that_speaks_garbage_is_dropped(base: Path) -> None:
         assert legion._loop.fault is None
 
 
-@pytest.mark.parametrize("channel", ["ipc", "tcp"])
+@pytest.mark.parametrize("channel", [pytest.param("ipc", marks=needs.posix), "tcp"])
 def test_no_port_is_open_to_other_machines(channel: Literal["ipc", "tcp"]) -> None:
     with Supervisor(channel=channel) as legion:
         run(legion, "TestPass")
@@ -195,7 +198,7 @@ def test_nothing_that_handles_what_others_sent_can_unpickle_or_execute_it() -> N
     for folder in ("transport", "supervisor", "nodes"):
         for path in sorted((REPO / folder).rglob("*.py")):
             used: set[str] = set()
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
                     used |= {alias.name.split(".")[0] for alias in node.names} & DANGEROUS
                 elif isinstance(node, ast.ImportFrom) and node.module:
@@ -278,7 +281,7 @@ with open("tokens", "w") as file:
 """
 
 
-@pytest.mark.parametrize("channel", ["ipc", "tcp"])
+@pytest.mark.parametrize("channel", [pytest.param("ipc", marks=needs.posix), "tcp"])
 def test_no_log_holds_a_token_a_prompt_an_environment_value_or_a_tensors_bytes(
     tmp_path: Path, channel: str
 ) -> None:

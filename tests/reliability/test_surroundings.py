@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from legion_shm import JobFailed, Supervisor, WorkerLost
+from tests import needs
 from tests.reliability.support import do
 from tests.system.support import REPO, flow, gone, run_script, script_env, spec, wait_for
 
@@ -28,7 +30,7 @@ def test_nothing_of_ours_reads_the_wall_clock() -> None:
         f"{path.relative_to(REPO)}:{node.lineno}"
         for folder in ("legion_shm", "transport", "supervisor")
         for path in (REPO / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in WALL_CLOCK
     ]
     assert [place.split(":")[0] for place in found] == ["supervisor/graph_nodes/files.py"], (
@@ -108,6 +110,7 @@ def test_a_full_shared_memory_and_a_full_or_read_only_disk_are_clear_errors() ->
     ]  # fmt: skip
 
 
+@needs.rlimits
 def test_a_worker_at_its_limit_of_memory_fails_the_job_or_says_how_it_died() -> None:
     limited = "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, -1)); "
     with Supervisor(restart_backoff_s=0.01) as legion:
@@ -135,9 +138,10 @@ with Supervisor(runtime_dir=sys.argv[1], segments="portable") as legion:
 """
 
 
+@needs.posix
 def test_a_sigterm_that_a_program_turns_into_an_exit_ends_in_order(tmp_path: Path) -> None:
     """Python's default handler gives no code of ours a chance: see docs/reliability.md."""
-    base = Path("/tmp") / f"legion-{os.getpid()}"
+    base = Path(tempfile.gettempdir()) / f"legion-{os.getpid()}"
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(base)],
         env=script_env(),
@@ -158,6 +162,7 @@ def test_a_sigterm_that_a_program_turns_into_an_exit_ends_in_order(tmp_path: Pat
         base.rmdir()
 
 
+@needs.posix
 def test_a_child_in_a_session_of_its_own_is_beyond_the_group_and_lives_on() -> None:
     """What a worker starts ends with it, unless it goes out of its way: docs/reliability.md says so."""
     code = """
@@ -175,7 +180,7 @@ child.returncode, out = 0, child.pid
 
 
 def test_a_program_that_ends_without_close_leaves_nothing(tmp_path: Path) -> None:
-    base = Path("/tmp") / f"legion-{os.getpid()}"
+    base = Path(tempfile.gettempdir()) / f"legion-{os.getpid()}"
     program = """
 import sys, threading
 from legion_shm import Supervisor
