@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import sys
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -70,6 +71,11 @@ class SharedMemoryPeer(Peer):
     name = "shared-memory"
     title = "multiprocessing.shared_memory"
     settings = "a new SharedMemory per message, numpy copy in, used in place, name over a Pipe"
+
+    def missing(self) -> str:
+        if sys.platform == "win32":
+            return "on Windows a segment ends with its maker's handle, before the receiver has attached it"
+        return ""
 
     def open(self, most_bytes: int) -> Session:
         del most_bytes

@@ -31,7 +31,7 @@ from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.codec import decode, encode
 from legion_shm.transport.fdpass import SegmentReceiver, send_segment_fd
 from legion_shm.transport.frames import MESSAGES, decode_message, encode_message
-from legion_shm.transport.handles import BlockHandle
+from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
 from legion_shm.transport.leases import LeaseTable
 from legion_shm.transport.messages import Heartbeat, LogRecord, Released
 from legion_shm.transport.segment import SegmentKind, attach_segment, create_segment
@@ -61,7 +61,7 @@ def frames(data: bytes) -> None:
 
 _KIND: SegmentKind = "memfd" if sys.platform == "linux" else "portable"
 _segment = create_segment(_KIND, 1 << 20, name_prefix="legion-fuzz-")
-_live = BlockHandle(7, 1, 8192, 4096, 5)
+_live = BlockHandle(7, 1, 2 * BLOCK_ALIGN, 4096, 5)
 
 
 def handles(data: bytes) -> None:

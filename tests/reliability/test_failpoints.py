@@ -97,7 +97,7 @@ def test_a_worker_killed_in_the_midst_loses_its_job_and_tears_nothing(
     died = tmp_path / "died"
     own = failing(f"{place}=kill?{died}")
     lost = add(legion, own, 3.0)
-    with pytest.raises(WorkerLost, match="SIGKILL"):
+    with pytest.raises(WorkerLost, match=needs.KILLED):
         lost.result(timeout=60)
     assert died.exists()
     wait_for(lambda: not legion._loop._lending.table.live_blocks(), "its leases are over")

@@ -27,7 +27,7 @@ WALL_CLOCK = {
 
 def test_nothing_of_ours_reads_the_wall_clock() -> None:
     found = [
-        f"{path.relative_to(REPO)}:{node.lineno}"
+        f"{path.relative_to(REPO).as_posix()}:{node.lineno}"
         for folder in ("legion_shm", "transport", "supervisor")
         for path in (REPO / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
