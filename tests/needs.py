@@ -33,5 +33,5 @@ symlinks = pytest.mark.skipif(not _makes_symlinks(), reason="needs symbolic link
 
 KILL = signal.SIGTERM if WINDOWS else signal.SIGKILL
 """What ends a process at once, by os.kill; on Windows that is TerminateProcess, with this as exit code."""
-KILLED = "exit code 15" if WINDOWS else "SIGKILL"
+KILLED = "exited with code 15" if WINDOWS else "SIGKILL"
 """What is said of a process that was ended so."""

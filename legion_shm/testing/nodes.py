@@ -116,7 +116,7 @@ class TestSignal(_TestNode):
     OPTIONS: ClassVar[dict[str, Any]] = {"name": ("STRING",)}
 
     def run(self, name: str = "SIGKILL", value: object = None) -> tuple[object]:
-        os.kill(os.getpid(), getattr(signal, name))
+        os.kill(os.getpid(), _KILL if name == "SIGKILL" else getattr(signal, name))
         return (value,)
 
 

@@ -19,6 +19,7 @@ from legion_shm.errors import (
     WorkerLost,
 )
 from legion_shm.nodes.shared_supervisor import current_supervisor
+from tests import needs
 from tests.nodes.support import (
     ASYNC_YAML,
     GRAPH_YAML,
@@ -249,7 +250,7 @@ def test_a_failed_node_is_the_masters_error_with_the_workers_traceback() -> None
 
 
 def test_a_worker_that_is_killed_is_the_masters_error_and_the_next_run_works() -> None:
-    with pytest.raises(WorkerLost, match="SIGKILL"):
+    with pytest.raises(WorkerLost, match=needs.KILLED):
         master(flow("TestSignal"), 1)
     assert master(flow(), 1)[1] == 1
 
