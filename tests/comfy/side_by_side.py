@@ -2,7 +2,8 @@
 
 Two ComfyUI servers, each with one of the packages among its custom nodes, take turns at the same prompts. The
 figures are of the Master node's own function in the server that runs it, on a fresh image each time, with a
-worker that is warm and a worker workflow that hands the image straight back.
+worker that is warm and a worker workflow that hands the image straight back. Starts and idle memory, beside
+those of the server itself, come after it (`tests.comfy.conformance.measure`).
 
 LegionPower runs from a copy, none of whose files is changed. As shipped it does not run; what it needs is put
 around it: absolute paths in its ``config.yaml`` (its placeholders are never filled in), a link to ComfyUI's
@@ -18,6 +19,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -276,6 +278,7 @@ def main() -> int:
     parser.add_argument("--legionpower", type=Path, required=True, help="a checkout of ComfyUI-LegionPower")
     parser.add_argument("--runs", type=int, default=5, help="of each size, after those that warm it up")
     parser.add_argument("--starts", type=int, default=3, help="workers that each starts")
+    parser.add_argument("--rounds", type=int, default=5, help="of starts beside the server's own; 0: none")
     chosen = parser.parse_args()
     comfyui, python = chosen.comfyui.expanduser().resolve(), os.path.expanduser(chosen.comfyui_python)
     began_s = monotonic_s()
@@ -299,7 +302,10 @@ def main() -> int:
             f"{side.name}: ready after {ready} s; idle USS {statistics.median(side.idle_uss) / 1e6:.0f} MB; "
             f"largest difference between what was sent and what came back: {side.worst:.2g}"
         )
-    print(f"took {monotonic_s() - began_s:.0f} s")
+    print(f"took {monotonic_s() - began_s:.0f} s", flush=True)
+    if chosen.rounds:
+        measure = [python, "-m", "tests.comfy.conformance.measure", "--comfyui", str(comfyui)]
+        return subprocess.run([*measure, "--runs", str(chosen.rounds)], cwd=REPO, check=False).returncode
     return 0
 
 

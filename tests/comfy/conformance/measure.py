@@ -1,7 +1,16 @@
-"""``EXE -m tests.comfy.conformance.measure --comfyui PATH``: a worker's start and memory, and the server's.
+"""``EXE -m tests.comfy.conformance.measure --comfyui PATH``: starts, idle memory; workers' and the server's.
 
-To be run from the repository with ComfyUI's Python, on a machine that does nothing else. The two take turns,
-after one start of each that does not count. Both have the command line arguments that are given after ``--``.
+To be run from the repository with ComfyUI's Python, on a machine that does nothing else. In each round there
+come one after the other, after one round that does not count:
+
+- *server*: ``python main.py``, from its start to its first answer;
+- *executed*: a headless ComfyUI in a process of its own, without a zygote: from the making of a `Supervisor`
+  until its worker can take a job;
+- *first*: the same with a zygote, as workers start by default;
+- *following*: one more worker, of the supervisor that has the first;
+- *restart*: from the ``kill -9`` of a worker until there are again as many that can take a job.
+
+All have the command line arguments that are given after ``--``.
 """
 
 from __future__ import annotations
@@ -9,13 +18,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
@@ -30,29 +39,27 @@ _POLL_S = 0.02
 _SETTLE_S = 3.0
 """From ready to the look at memory: the server goes on with a few things after its first answer."""
 
-
-@dataclass(frozen=True)
-class Start:
-    ready_s: float
-    uss_bytes: int
-    rss_bytes: int
+_KINDS = ("server", "executed", "first", "following", "restart")
 
 
-def worker_start(comfyui: Path, arguments: list[str]) -> Start:
-    """From the making of a Supervisor until its worker can take a job."""
-    spec = WorkerSpec(engine="comfy", comfyui_path=str(comfyui), extra_args=tuple(arguments))
-    began_s = monotonic_s()
-    with Supervisor() as legion:
-        legion.warm_up(spec)
-        _until(lambda: any(worker.state == "idle" for worker in legion.workers()))
-        ready_s = monotonic_s() - began_s
-        pid = legion.workers()[0].pid
-        assert pid is not None
-        return _measured(ready_s, pid)
+class Figures:
+    """Seconds to ready, and idle memory in bytes, by kind of start."""
+
+    def __init__(self) -> None:
+        self.ready_s: dict[str, list[float]] = {}
+        self.uss: dict[str, list[int]] = {}
+        self.pss: dict[str, list[int]] = {}
+
+    def took(self, kind: str, ready_s: float) -> None:
+        self.ready_s.setdefault(kind, []).append(ready_s)
+
+    def memory_of(self, kind: str, pid: int) -> None:
+        memory = psutil.Process(pid).memory_full_info()
+        self.uss.setdefault(kind, []).append(memory.uss)
+        self.pss.setdefault(kind, []).append(memory.pss)
 
 
-def server_start(comfyui: Path, arguments: list[str]) -> Start:
-    """From the start of ``python main.py`` until its first answer."""
+def server(comfyui: Path, arguments: list[str], figures: Figures) -> None:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="legion-measure-") as front_end:
         command = [sys.executable, "main.py", *arguments, "--port", str(port), "--front-end-root", front_end]
@@ -66,10 +73,54 @@ def server_start(comfyui: Path, arguments: list[str]) -> Start:
         )
         try:
             _until(lambda: _answers(port, process))
-            return _measured(monotonic_s() - began_s, process.pid)
+            figures.took("server", monotonic_s() - began_s)
+            Event().wait(_SETTLE_S)
+            figures.memory_of("server", process.pid)
         finally:
             process.kill()
             process.wait(20)
+
+
+def executed(spec: WorkerSpec, figures: Figures) -> None:
+    began_s = monotonic_s()
+    with Supervisor(zygote="off") as legion:
+        legion.warm_up(spec)
+        _until(lambda: len(_idle(legion)) == 1)
+        figures.took("executed", monotonic_s() - began_s)
+        Event().wait(_SETTLE_S)
+        figures.memory_of("executed", _idle(legion).pop())
+
+
+def forked(spec: WorkerSpec, figures: Figures) -> None:
+    """The first one, the following one and the restart."""
+    began_s = monotonic_s()
+    with Supervisor() as legion:
+        legion.warm_up(spec)
+        _until(lambda: len(_idle(legion)) == 1)
+        figures.took("first", monotonic_s() - began_s)
+        Event().wait(_SETTLE_S)
+        (first,) = _idle(legion)
+        figures.memory_of("first", first)
+        parent = psutil.Process(first).ppid()
+        if parent != os.getpid():
+            figures.memory_of("zygote", parent)
+
+        began_s = monotonic_s()
+        legion.warm_up(spec, workers=2)
+        _until(lambda: len(_idle(legion)) == 2)
+        figures.took("following", monotonic_s() - began_s)
+        Event().wait(_SETTLE_S)
+        (following,) = _idle(legion) - {first}
+        figures.memory_of("following", following)
+
+        began_s = monotonic_s()
+        os.kill(following, signal.SIGKILL)
+        _until(lambda: len(_idle(legion) - {following}) == 2)
+        figures.took("restart", monotonic_s() - began_s)
+
+
+def _idle(legion: Supervisor) -> set[int]:
+    return {worker.pid for worker in legion.workers() if worker.state == "idle" and worker.pid is not None}
 
 
 def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
@@ -88,39 +139,40 @@ def _until(ready: Callable[[], bool]) -> None:
         pause.wait(_POLL_S)
 
 
-def _measured(ready_s: float, pid: int) -> Start:
-    Event().wait(_SETTLE_S)
-    process = psutil.Process(pid)
-    family = [process, *process.children(recursive=True)]
-    memory = [member.memory_full_info() for member in family]
-    return Start(ready_s, sum(item.uss for item in memory), sum(item.rss for item in memory))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("arguments", nargs="*", metavar="-- COMFYUI_ARGUMENT")
     chosen = parser.parse_args()
     comfyui = chosen.comfyui.expanduser().resolve()
     arguments = chosen.arguments or ["--cpu"]
-    starts: dict[str, list[Start]] = {"Legion worker": [], "HTTP server": []}
+    spec = WorkerSpec(engine="comfy", comfyui_path=str(comfyui), extra_args=tuple(arguments), max_workers=2)
+    figures = Figures()
     for number in range(chosen.runs + 1):
         load = os.getloadavg()[0]
-        for name, start in (("Legion worker", worker_start), ("HTTP server", server_start)):
-            made = start(comfyui, arguments)
-            if number:
-                starts[name].append(made)
-                print(f"{name}: {_text([made])} (load before: {load:.1f})", flush=True)
-    for name, made_of in starts.items():
-        print(f"{name}, median of {chosen.runs}: {_text(made_of)}")
+        made = figures if number else Figures()
+        server(comfyui, arguments, made)
+        executed(spec, made)
+        forked(spec, made)
+        shown = ", ".join(f"{kind} {made.ready_s[kind][-1]:.2f}" for kind in _KINDS)
+        print(f"round {number}: {shown} s (load before: {load:.1f})", flush=True)
+    print("\n| | ready, s: median (worst) | of the server's | idle USS, MB | idle PSS, MB |")
+    print("|---|---|---|---|---|")
+    for kind in (*_KINDS, "zygote"):
+        print(_row(figures, kind))
 
 
-def _text(starts: list[Start]) -> str:
-    ready_s = statistics.median(start.ready_s for start in starts)
-    uss = statistics.median(start.uss_bytes for start in starts)
-    rss = statistics.median(start.rss_bytes for start in starts)
-    return f"ready after {ready_s:.2f} s, USS {uss / 1e6:.0f} MB, RSS {rss / 1e6:.0f} MB"
+def _row(figures: Figures, kind: str) -> str:
+    cells = [kind, "", "", "", ""]
+    times = figures.ready_s.get(kind)
+    if times:
+        ratio = statistics.median(times) / statistics.median(figures.ready_s["server"])
+        cells[1:3] = [f"{statistics.median(times):.2f} ({max(times):.2f})", f"{ratio:.2f}"]
+    if kind in figures.uss:
+        cells[3:] = [f"{statistics.median(each[kind]) / 1e6:.0f}" for each in (figures.uss, figures.pss)]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
