@@ -35,6 +35,14 @@ def _load_from_checkout(root: Path) -> None:
         raise
 
 
+def _watch_loaders() -> None:
+    """From now on models know which file they came from, for `models: recipe`; workers need not."""
+    if "comfy.sd" in sys.modules and "legion_shm.supervisor.host" not in sys.modules:
+        from legion_shm.supervisor.comfy_loaders import watch_loaders
+
+        watch_loaders()
+
+
 def _load() -> tuple[dict[str, type], dict[str, str]]:
     root = Path(__file__).resolve().parent
     try:
@@ -42,6 +50,8 @@ def _load() -> tuple[dict[str, type], dict[str, str]]:
             _load_from_checkout(root)
         from legion_shm.nodes import NODE_CLASS_MAPPINGS as CLASSES
         from legion_shm.nodes import NODE_DISPLAY_NAME_MAPPINGS as NAMES
+
+        _watch_loaders()
     except ImportError as error:
         logging.getLogger("legion_shm").error(
             "The Legion nodes are not available: %s. Run `python -m pip install -r requirements.txt` in %s.",

@@ -126,7 +126,9 @@ class WorkerSpec(_Settings):
     ``codec_modules`` are importable names of modules that the worker imports for the classes of values and
     their codecs (`register_codec`). Instances of the classes that ``pickle_classes`` names in full, and of
     no others, may be pickled between the worker and us. ``zygote``: whether workers may be forked from a
-    process that has their imports done; see docs/startup.md.
+    process that has their imports done; see docs/startup.md. ``models``: how the weights of ComfyUI's models
+    reach the worker: through shared memory, by the loader's call and its file, or the cheaper; see
+    docs/models.md.
     """
 
     title: ClassVar[str] = "WorkerSpec"
@@ -147,6 +149,7 @@ class WorkerSpec(_Settings):
     max_jobs_per_life: int | None = Field(default=None, ge=1)
     zygote: Literal["auto", "off"] = "auto"
     born_in_arena: Literal["auto", "off"] = "auto"
+    models: Literal["auto", "reference", "recipe"] = "auto"
 
     if TYPE_CHECKING:
 

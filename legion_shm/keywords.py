@@ -33,6 +33,7 @@ class WorkerKeywords(TypedDict, total=False):
     max_jobs_per_life: int | None
     zygote: Literal["auto", "off"]
     born_in_arena: Literal["auto", "off"]
+    models: Literal["auto", "reference", "recipe"]
 
 
 class SettingsKeywords(TypedDict, total=False):

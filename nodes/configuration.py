@@ -19,6 +19,7 @@ _MODES: dict[str, dict[str, object]] = {
     "dry run": {"execution.dry_run": True},
 }
 _ENGINES = (_AS_IN_YAML, "comfy", "graph")
+_MODELS = (_AS_IN_YAML, "auto", "reference", "recipe")
 _DAY_S = 86_400
 
 
@@ -96,6 +97,14 @@ class LegionConfig:
                         "tooltip": "How many such workers may run at a time; 0: as in YAML.",
                     },
                 ),
+                "models": (
+                    list(_MODELS),
+                    {
+                        "default": _AS_IN_YAML,
+                        "tooltip": "How the weights of models reach the worker. reference: through shared "
+                        "memory. recipe: the worker reads the file. auto: the cheaper.",
+                    },
+                ),
             },
         }
 
@@ -132,6 +141,7 @@ def _configuration(
     startup_timeout: int | None = None,
     idle_timeout: int | None = None,
     max_workers: int | None = None,
+    models: str | None = None,
 ) -> Any:
     from dataclasses import replace
 
@@ -143,6 +153,8 @@ def _configuration(
         overrides["workflow"] = workflow
     if engine not in (None, _AS_IN_YAML):
         overrides["comfyui.type"] = engine
+    if models not in (None, _AS_IN_YAML):
+        overrides["execution.models"] = models
     if gpu and gpu.strip():
         overrides["execution.env_vars.CUDA_VISIBLE_DEVICES"] = (
             "" if gpu.strip().lower() == "none" else gpu.strip()

@@ -35,6 +35,7 @@ KEYS = (
     "execution.deadline",
     "execution.retries",
     "execution.node_modules",
+    "execution.models",
     "workflow",
 )
 
@@ -42,6 +43,8 @@ WORKER_LABEL = "LEGION_WORKER_LABEL"
 """In the worker's environment, where configurations differ in nothing else that a worker is made of."""
 
 Engine = Literal["auto", "comfy", "graph"]
+Models = Literal["auto", "reference", "recipe"]
+_MODELS: tuple[Models, ...] = ("auto", "reference", "recipe")
 _ENGINES: dict[str, Engine] = {"local_process": "auto", "auto": "auto", "comfy": "comfy", "graph": "graph"}
 
 BUILTIN_YAML = """\
@@ -67,6 +70,8 @@ execution:
   env_vars:
   # how many such workers may run at a time
   max_workers: 1
+  # weights of models: reference (shared memory), recipe (the worker reads the file), auto (the cheaper)
+  models: auto
 
 # a file in user/default/Legion-SHM/workflows, or in the workflows of this ComfyUI
 workflow:
@@ -95,6 +100,7 @@ class Configuration:
     deadline_s: float | None = None
     retries: int = 0
     node_modules: tuple[str, ...] = ()
+    models: Models = "auto"
     workflow: str | None = None
 
     def worker_spec(self, *, startup_timeout_s: float, inherited_args: Sequence[str] = ()) -> WorkerSpec:
@@ -113,6 +119,7 @@ class Configuration:
             max_workers=self.max_workers,
             startup_timeout_s=self.startup_timeout_s or startup_timeout_s,
             idle_timeout_s=self.idle_timeout_s,
+            models=self.models,
         )
 
     def _label(self) -> str:
@@ -171,6 +178,10 @@ def _read(setting: Setting) -> tuple[str, object]:
         return "retries", setting.count(0, 100)
     if key == "execution.node_modules":
         return "node_modules", setting.texts()
+    if key == "execution.models":
+        if setting.text() not in _MODELS:
+            raise setting.error(f"one of {', '.join(_MODELS)}")
+        return "models", setting.text()
     return "workflow", setting.text()
 
 

@@ -173,7 +173,7 @@ class Supervisor:
         try:
             if checked.extra_data:
                 values[EXTRA_DATA] = dict(checked.extra_data)
-            packed = self._memory.pack(values, tuple(checked.spec.pickle_classes))
+            packed = self._memory.pack(values, tuple(checked.spec.pickle_classes), checked.spec.models)
             try:
                 worker = _only_worker(packed)
             except UnsupportedValue:

@@ -12,7 +12,6 @@ under another key. It knows which of ComfyUI's objects are packages, and what a 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 import uuid
@@ -25,13 +24,16 @@ from typing import Any, cast
 import msgpack
 import torch
 
+from legion_shm.errors import UnsupportedValue
+from legion_shm.supervisor import comfy_models_recipes as recipes
 from legion_shm.supervisor import comfy_models_special as special
 from legion_shm.supervisor.comfy_models_build import PlanReader
 from legion_shm.supervisor.comfy_models_kinds import Fields, kind_of
 from legion_shm.supervisor.comfy_models_names import Names
 from legion_shm.supervisor.comfy_models_plan import Adapter, PlanWriter
-from legion_shm.supervisor.comfy_models_weights import Placed, Weights, imprint, views
-from legion_shm.transport.residence import Residence
+from legion_shm.supervisor.comfy_models_state import Seen, at_rest_of, standing_in
+from legion_shm.supervisor.comfy_models_weights import Placed, Weights, views
+from legion_shm.transport.residence import Residence, weights_way
 
 __all__ = ["Parcel", "Sent", "Table", "pack_plan", "unpack_plan"]
 
@@ -51,8 +53,7 @@ class _Package:
     plan: torch.Tensor
     blobs: list[torch.Tensor]
     needs: tuple[str, ...]
-    tensors: list[tuple[weakref.ref[torch.Tensor], object]]
-    shape: list[object]
+    seen: Seen
     residence: weakref.ref[Any] | None
     patcher: weakref.ref[Any] | None = None
     kept: list[Any] = field(default_factory=list[Any])  # of a received one: the object, its first patcher
@@ -78,6 +79,8 @@ class Table:
         self.keeps = False
         self._weights: weakref.WeakKeyDictionary[Any, Weights] = weakref.WeakKeyDictionary()
         self._by_object: dict[int, _Package] = {}
+        self._recipes: dict[int, _Package] = {}
+        self._loaded: dict[int, Any] = {}  # patchers that loaders made just now, by their module
         self._by_key: dict[str, _Package] = {}
         self._received: OrderedDict[str, _Package] = OrderedDict()
 
@@ -90,10 +93,11 @@ class Table:
 
     def parcel(self, target: Any, residence: Residence | None, sent: Sent, patchers: Sequence[Any]) -> str:
         """The key of an object's package, made now if it is new or changed; it joins ``sent``."""
-        package = self._by_object.get(id(target))
-        with _at_rest(target, patchers) as at_rest:
-            known = package is not None and package.target() is target and _lives_in(package, residence)
-            if package is None or not known or not _unchanged(package, target, at_rest):
+        with at_rest_of(target, patchers) as at_rest:
+            package = self._placed(target, residence, at_rest)
+            if residence is not None and isinstance(target, torch.nn.Module):
+                package = self._by_recipe(target, residence, at_rest, package) or package
+            if package is None:
                 package = self._make(target, residence, sent, at_rest)
         for key in package.needs:
             if key not in sent.parcels:
@@ -101,6 +105,48 @@ class Table:
                 self.parcel(needed.target(), residence, sent, ())
         sent.parcels[package.key] = (package.key, package.plan, package.blobs)
         return package.key
+
+    def _placed(
+        self, target: Any, residence: Residence | None, at_rest: Mapping[tuple[int, str], object]
+    ) -> _Package | None:
+        """The object's package, if there is one and the object is still what was placed."""
+        package = self._by_object.get(id(target))
+        if package is None or package.target() is not target or not _lives_in(package, residence):
+            return None
+        return package if package.seen.unchanged(target, at_rest) else None
+
+    def _by_recipe(
+        self,
+        target: Any,
+        residence: Residence,
+        at_rest: Mapping[tuple[int, str], object],
+        placed: _Package | None,
+    ) -> _Package | None:
+        """The package that has the loader's call in place of weights, where the caller wants that."""
+        way = weights_way()
+        if way == "reference" or (way == "auto" and (placed or not recipes.is_cheaper(target, residence))):
+            return None
+        try:
+            plan = recipes.recipe_of(target, at_rest, self.names)
+        except LookupError as error:
+            if way == "auto":
+                return None
+            raise UnsupportedValue(
+                f"models: recipe was asked for, and {error}; use models: auto or reference", path=""
+            ) from error
+        package = self._recipes.get(id(target))
+        if package is None or package.target() is not target or not _lives_in(package, residence):
+            package = _Package(
+                key=uuid.uuid4().hex,
+                target=weakref.ref(target),
+                plan=_resident(pack_plan(plan, Placed([], [], 0)), residence),
+                blobs=[],
+                needs=(),
+                seen=Seen(target, (), {}),
+                residence=weakref.ref(residence),
+            )
+            self._note(target, package, self._recipes)
+        return package
 
     def _make(
         self, target: Any, residence: Residence | None, sent: Sent, at_rest: Mapping[tuple[int, str], object]
@@ -117,21 +163,20 @@ class Table:
             plan=_resident(pack_plan(plan, placed), residence),
             blobs=placed.blobs,
             needs=tuple(writer.packages),
-            tensors=[(weakref.ref(tensor), imprint(tensor)) for tensor in writer.tensors],
-            shape=_shape(target, at_rest),
+            seen=Seen(target, writer.tensors, at_rest),
             residence=None if residence is None else weakref.ref(residence),
         )
-        self._note(target, package)
+        self._note(target, package, self._by_object)
         return package
 
-    def _note(self, target: Any, package: _Package) -> None:
+    def _note(self, target: Any, package: _Package, by_object: dict[int, _Package]) -> None:
         known = id(target)
-        self._by_object[known] = package
+        by_object[known] = package
         self._by_key[package.key] = package
 
         def forget() -> None:
-            if self._by_object.get(known) is package:
-                del self._by_object[known]
+            if by_object.get(known) is package:
+                del by_object[known]
             self._by_key.pop(package.key, None)
             residence = None if package.residence is None else package.residence()
             if residence is not None:
@@ -147,7 +192,7 @@ class Table:
         key, plan, blobs = parcel
         package = self._by_key.get(key)
         target = None if package is None else package.target()
-        if package is not None and target is not None and _written(package):
+        if package is not None and target is not None and package.kept and package.seen.written():
             self.forget((key,))  # what a node wrote into it is not what was sent
             target = None
         if target is not None:
@@ -165,19 +210,27 @@ class Table:
 
         reader = PlanReader(self.names, tensors, package=needed, special=self.rebuild)
         target = reader.read(payload)
+        patcher = self._loaded.pop(id(target), None)
+        if isinstance(target, torch.nn.Module) and not blobs:
+            tensors = [*target.parameters(), *target.buffers()]
+        with at_rest_of(target, () if patcher is None else (patcher,)) as at_rest:
+            seen = Seen(target, tensors, at_rest)
         package = _Package(
             key=key,
             target=weakref.ref(target),
             plan=plan,
             blobs=blobs,
             needs=tuple(needs),
-            tensors=[(weakref.ref(tensor), imprint(tensor)) for tensor in tensors],
-            shape=_shape(target, {}),
+            seen=seen,
             residence=None if residence is None else weakref.ref(residence),
         )
-        self._note(target, package)
+        self._note(target, package, self._by_object)
+        if patcher is not None:
+            package.patcher = weakref.ref(patcher)
         if self.keeps:
             package.kept.append(target)
+            if patcher is not None:
+                package.kept.append(patcher)
             self._received[key] = package
         while len(self._received) > _RECEIVED_MAX:
             _, oldest = self._received.popitem(last=False)
@@ -223,6 +276,11 @@ class Table:
         if name == "member":
             root, path = cast("tuple[Any, str]", state)
             return root.get_submodule(path)
+        if name == recipes.RECIPE:
+            module, patcher = recipes.load(state)
+            if patcher is not None:
+                self._loaded[id(module)] = patcher
+            return module
         return special.restored(name, state)
 
     def _rebuild_patcher(self, state: Any) -> object:
@@ -307,8 +365,8 @@ class ModelAdapter(Adapter):
             if patchers is None and _weight_bytes(value) < _PACKAGE_MIN_BYTES:
                 return None
             key = self._table.parcel(value, self._residence, self._sent, patchers or ())
-            with _at_rest(value, patchers or ()) as at_rest:
-                passing = _standing_in(value, at_rest)
+            with at_rest_of(value, patchers or ()) as at_rest:
+                passing = standing_in(value, at_rest)
             modules: dict[str, Any] = dict(value.named_modules())
             for path, module in modules.items():
                 if id(module) not in passing:
@@ -346,74 +404,8 @@ def _weight_bytes(module: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
 
 
-@contextlib.contextmanager
-def _at_rest(target: Any, patchers: Sequence[Any]) -> Any:
-    """What the object holds while nothing is patched into it; injected code is taken out meanwhile."""
-    management: Any = sys.modules["comfy.model_management"]
-    loaded = [model.model for model in management.current_loaded_models]
-    mine = [p for p in loaded if p is not None and p.model is target]
-    known = {id(patcher) for patcher in mine}
-    mine += [patcher for patcher in patchers if id(patcher) not in known]
-    with contextlib.ExitStack() as stack:
-        for patcher in mine:
-            if getattr(patcher, "is_injected", False):
-                stack.enter_context(patcher.use_ejected())
-        yield special.current_weights(target, mine)
-
-
-def _standing_in(target: Any, at_rest: Mapping[tuple[int, str], object]) -> set[int]:
-    """The modules that are patched into a model just now, and are no part of it."""
-    found: set[int] = set()
-    for module in target.modules() if at_rest else ():
-        for name, part in module.named_children():
-            if (id(module), name) in at_rest:
-                found.update(id(inner) for inner in part.modules())
-    return found
-
-
-def _shape(target: Any, at_rest: Mapping[tuple[int, str], object]) -> list[object]:
-    """What changes where somebody replaces a part of an object: identities and plain values, not contents."""
-    found: list[object] = []
-    modules = target.modules() if isinstance(target, torch.nn.Module) else (target,)
-    for module in modules:
-        known = id(module)
-        found.append(known)
-        own = cast("dict[str, object]", vars(module))
-        for name, now in special.lasting_attributes(own).items():
-            if name == "comfy_cast_weights":
-                continue
-            item = at_rest.get((known, name), now) if at_rest else now
-            kind = kind_of(item)
-            if name in ("_parameters", "_buffers", "_modules"):
-                for key, part in cast("dict[str, object]", item).items():
-                    found.append(id(at_rest.get((known, key), part) if at_rest else part))
-            elif item is None or kind is int or kind is float or kind is str or kind is bool:
-                found.append(item)
-            else:
-                found.append(id(item))
-    return found
-
-
-def _written(package: _Package) -> bool:
-    """Whether a node has written into a received model's weights; not asked while it is on another device."""
-    if not package.kept:
-        return False
-    tensors = [(reference(), known) for reference, known in package.tensors]
-    if any(tensor is None or not tensor.is_cpu for tensor, _ in tensors):
-        return False
-    return any(tensor is not None and imprint(tensor) != known for tensor, known in tensors)
-
-
 def _lives_in(package: _Package, residence: Residence | None) -> bool:
     return (None if package.residence is None else package.residence()) is residence
-
-
-def _unchanged(package: _Package, target: Any, at_rest: Mapping[tuple[int, str], object]) -> bool:
-    for reference, known in package.tensors:
-        tensor = reference()
-        if tensor is None or imprint(tensor) != known:
-            return False
-    return package.shape == _shape(target, at_rest)
 
 
 def pack_plan(plan: bytes, placed: Placed) -> bytes:

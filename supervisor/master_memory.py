@@ -17,6 +17,7 @@ from typing import Any
 
 from legion_shm.errors import ArenaFull
 from legion_shm.ids import new_arena_id
+from legion_shm.supervisor.comfy_loaders import watch_loaders
 from legion_shm.supervisor.comfy_source import install_comfy_models
 from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.remote import delivered_types, sending_types
@@ -26,6 +27,7 @@ from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.codec import VALUE_TYPES, Pickled, ValueTypes
 from legion_shm.transport.handles import BlockHandle, round_up
 from legion_shm.transport.messages import Values
+from legion_shm.transport.residence import WeightsWay, weights_go
 from legion_shm.transport.segment import Segment, SegmentKind, create_segment
 from legion_shm.transport.values import PackedValues, discard, pack, unpack
 
@@ -58,6 +60,7 @@ class MasterMemory:
     ) -> None:
         install_comfy_values()
         install_comfy_models()
+        watch_loaders()
         self.inline_max_bytes = inline_max_bytes
         self.kind: SegmentKind = kind
         self.arena_id = new_arena_id()
@@ -106,12 +109,18 @@ class MasterMemory:
 
     # --- values -------------------------------------------------------------------------------------
 
-    def pack(self, values: Mapping[str, object], pickled: tuple[str, ...] = ()) -> PackedValues:
-        """``pickled``: the classes whose instances may be pickled."""
+    def pack(
+        self,
+        values: Mapping[str, object],
+        pickled: tuple[str, ...] = (),
+        models: WeightsWay = "reference",
+    ) -> PackedValues:
+        """``pickled``: the classes whose instances may be pickled; ``models``: how their weights go."""
         types = self._sending.get(pickled)
         if types is None:
             types = self._sending[pickled] = sending_types(self, self._types(pickled))
-        return pack(values, self, types=types)
+        with weights_go(models):
+            return pack(values, self, types=types)
 
     def _types(self, pickled: tuple[str, ...]) -> ValueTypes:
         types = self._receiving.get(pickled)
@@ -167,6 +176,9 @@ class MasterMemory:
             raise
         self._resident(block.handle)
         return array
+
+    def room_bytes(self) -> int:
+        return self._quota_bytes - self._arena.stats().live_bytes
 
     def drain_released(self) -> list[BlockHandle]:
         """The supervisor's own deliveries that have ended, one entry each; large ones a turn later."""

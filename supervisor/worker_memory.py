@@ -279,6 +279,10 @@ class WorkerMemory:
     def live_views(self) -> int:
         return self._attachments.live_views() + self._attachments.undrained()
 
+    def room_bytes(self) -> int:
+        arena = self._arena
+        return arena.quota_bytes - arena.elsewhere_bytes - arena.stats().live_bytes
+
     def arena_bytes(self) -> int:
         return self._arena.stats().total_bytes + (0 if self._born is None else self._born.total_bytes)
 

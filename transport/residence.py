@@ -11,9 +11,21 @@ from collections import deque
 from collections.abc import Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
-__all__ = ["Placing", "Residence", "current_residence", "note_placed", "residing"]
+__all__ = [
+    "Placing",
+    "Residence",
+    "WeightsWay",
+    "current_residence",
+    "note_placed",
+    "residing",
+    "weights_go",
+    "weights_way",
+]
+
+WeightsWay = Literal["auto", "reference", "recipe"]
+"""How the weights of models go: by a block of shared memory, by the call that loaded them, or the cheaper."""
 
 
 class Residence(Protocol):
@@ -24,6 +36,10 @@ class Residence(Protocol):
 
         Raises `ArenaFull`.
         """
+        ...
+
+    def room_bytes(self) -> int:
+        """How much more fits into the arena now, as far as its quota goes."""
         ...
 
     @property
@@ -38,6 +54,24 @@ _current: ContextVar[Residence | None] = ContextVar("legion_residence", default=
 def current_residence() -> Residence | None:
     """The memory whose `pack` or `unpack` called this; None outside of them."""
     return _current.get()
+
+
+_way: ContextVar[WeightsWay] = ContextVar("legion_weights_way", default="reference")
+
+
+def weights_way() -> WeightsWay:
+    """How what is encoded just now may send the weights of models."""
+    return _way.get()
+
+
+@contextlib.contextmanager
+def weights_go(way: WeightsWay) -> Generator[None, None, None]:
+    """Let what is encoded inside send the weights of models that way."""
+    token = _way.set(way)
+    try:
+        yield
+    finally:
+        _way.reset(token)
 
 
 @dataclass

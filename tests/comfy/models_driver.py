@@ -557,6 +557,115 @@ def scenario_from_a_worker(world: World) -> Any:
     return found
 
 
+def _loaded_models(world: World) -> dict[str, Any]:
+    """Models that ComfyUI's loaders load here from files; by the kind of loader."""
+    from safetensors.torch import save_file
+
+    models = world.models
+    for name in ("checkpoints", "diffusion_models", "vae", "controlnet", "style_models", "text_encoders"):
+        (world.base / "models" / name).mkdir(parents=True, exist_ok=True)
+    unet = models.unet_weights(seed=50)
+    tiny = models.tiny_vae_weights()
+    folder = world.base / "models"
+    save_file(unet, folder / "diffusion_models" / "recipe.safetensors")
+    save_file(tiny, folder / "vae" / "recipe.safetensors")
+    unet = models.unet_weights(seed=51)
+    checkpoint = {f"model.diffusion_model.{name}": item for name, item in unet.items()}
+    checkpoint |= {f"first_stage_model.{name}": item for name, item in tiny.items()}
+    save_file(checkpoint, folder / "checkpoints" / "recipe.safetensors")
+    save_file(models.control_net_weights(), folder / "controlnet" / "recipe.safetensors")
+    save_file(models.style_model_weights(), folder / "style_models" / "recipe.safetensors")
+    text, config = models.clip_weights()
+    save_file(text, folder / "text_encoders" / "recipe.safetensors")
+    name = "recipe.safetensors"
+    classes = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+    of_checkpoint = classes["CheckpointLoaderSimple"]().load_checkpoint(name)
+    sd = importlib.import_module("comfy.sd")
+    return {
+        "UNETLoader": run_node("UNETLoader", unet_name=name, weight_dtype="default"),
+        "UNETLoader, fp8": run_node("UNETLoader", unet_name=name, weight_dtype="fp8_e4m3fn"),
+        "CheckpointLoaderSimple": of_checkpoint[0],
+        "CheckpointLoaderSimple, VAE": of_checkpoint[2],
+        "VAELoader": run_node("VAELoader", vae_name=name),
+        "ControlNetLoader": run_node("ControlNetLoader", control_net_name=name),
+        "StyleModelLoader": run_node("StyleModelLoader", style_model_name=name),
+        "load_clip": sd.load_clip(
+            [str(folder / "text_encoders" / name)],
+            clip_type=sd.CLIPType.STABLE_DIFFUSION,
+            model_options={"model_config": dict(config), "clip_l_model_config": dict(config)},
+        ),
+    }
+
+
+def scenario_recipes(world: World) -> Any:
+    """Models that loaders loaded go as the loader's call; the worker reads the file."""
+    from legion_shm import Supervisor, UnsupportedValue
+
+    torch = world.torch
+    spec = world.spec.model_copy(update={"models": "recipe"})
+    auto = world.spec.model_copy(update={"models": "auto"})
+    loaded = _loaded_models(world)
+    found: dict[str, Any] = {"kinds": {}, "sampled": {}}
+    for kind, value in loaded.items():
+        before = world.blocks()[0]
+        there = world.apply("ModelsLook", value, spec=spec)
+        back = world.pack.torch_module(world.apply("ModelsBack", value, spec=spec))
+        own = back is world.pack.torch_module(value)
+        found["kinds"][kind] = [look(world, value) == there[:3], own, world.blocks()[0] - before]
+    for kind in ("UNETLoader", "UNETLoader, fp8", "CheckpointLoaderSimple"):
+        here, there = world.sampled(loaded[kind]), world.sampled_there(loaded[kind], spec=spec)
+        found["sampled"][kind] = world.same(here, there)
+    model = loaded["UNETLoader"]
+    loader = importlib.import_module("comfy.sd").load_lora_for_models
+    patched, _ = loader(model, None, world.models.lora_of(model), 0.8, 0.0)
+    there = world.sampled_there(patched, spec=spec)
+    here = world.sampled(patched)
+    found["lora"] = [world.same(here, there), not world.same(here, world.sampled_there(model, spec=spec))]
+    world.sampled(patched)  # and it stays loaded here with the LoRA in its weights
+    found["loaded here"] = world.same(here, world.sampled_there(patched, spec=spec))
+    clone = run_node("RescaleCFG", model=model, multiplier=0.5)
+    prompt = {
+        "0": node("LegionImporter"),
+        "1": node("ModelsSame", value=["0", 0], other=["0", 1]),
+        "2": node("LegionExporter", input_1=["1", 0]),
+    }
+    found["one module"] = world.job(prompt, model, clone, spec=spec)["output_1"]
+    importlib.import_module("comfy.model_management").unload_all_models()
+    mine = look(world, model)[2]
+    written = world.apply("ModelsWrite", loaded["VAELoader"], spec=spec)
+    vae = look(world, loaded["VAELoader"])[2]
+    after = world.apply("ModelsLook", loaded["VAELoader"], spec=spec)[2]
+    found["written there"] = [written != vae, after == vae]
+
+    def refusal(value: Any) -> str:
+        try:
+            world.apply("ModelsLook", value, spec=spec)
+        except UnsupportedValue as error:
+            return str(error)
+        return ""
+
+    found["no loader"] = refusal(world.model)
+    with Supervisor(arena_quota_bytes=64 << 20) as small:
+        prompt = {
+            "0": node("LegionImporter"),
+            "1": node("ModelsLook", value=["0", 0]),
+            "2": node("LegionExporter", input_1=["1", 0]),
+        }
+        job = small.submit(prompt, inputs=[model], spec=auto)
+        found["no room"] = job.result(timeout=WAIT_S)["output_1"][2] == mine
+    before = world.blocks()[0]
+    world.apply("ModelsLook", model, spec=auto)
+    found["room"] = world.blocks()[0] - before
+    with torch.inference_mode():
+        model.model.diffusion_model.out[2].weight.mul_(2)
+    found["changed"] = refusal(model)
+    found["changed, auto"] = world.apply("ModelsLook", model, spec=auto)[2] == look(world, model)[2]
+    path = world.base / "models" / "vae" / "recipe.safetensors"
+    path.write_bytes(path.read_bytes())
+    found["file"] = refusal(loaded["VAELoader"])
+    return found
+
+
 def scenario_worker_killed(world: World) -> Any:
     """Last: a worker that holds a model dies; the master lets go of the model; nothing stays."""
     gc.collect()

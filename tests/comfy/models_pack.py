@@ -54,6 +54,13 @@ class ModelsLook(_Probe):
         return ([kind, type(module).__name__, digest(module.state_dict().values()), os.getpid()],)
 
 
+class ModelsBack(_Probe):
+    """What came, as it came."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        return (value,)
+
+
 class ModelsWrite(_Probe):
     """Writes into the weights in place, as a careless node might."""
 
@@ -99,6 +106,5 @@ def half(args: Any) -> Any:
     return args["denoised"] * 0.5
 
 
-NODE_CLASS_MAPPINGS = {
-    kind.__name__: kind for kind in (ModelsLook, ModelsPatch, ModelsSame, ModelsStyle, ModelsWrite)
-}
+_CLASSES = (ModelsBack, ModelsLook, ModelsPatch, ModelsSame, ModelsStyle, ModelsWrite)
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in _CLASSES}

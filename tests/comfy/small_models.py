@@ -81,17 +81,23 @@ def wan(seed: int = 2, dim: int = 256, layers: int = 2) -> Any:
     return _module("comfy.sd").load_diffusion_model_state_dict(_fill(model, seed))
 
 
-def clip(seed: int = 3) -> Any:
-    """CLIP: the text encoder of SD1.5 with two layers."""
+def clip_weights(seed: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The weights of SD1.5's text encoder with two layers, and what is not as usual in its configuration."""
     config = {"num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 256}
     ops = _module("comfy.ops").disable_weight_init
     full = json.loads(
         (Path(_module("comfy.sd1_clip").__file__).parent / "sd1_clip_config.json").read_text("utf-8")
     )
     encoder = _module("comfy.clip_model").CLIPTextModel({**full, **config}, torch.float32, "cpu", ops)
+    return _fill(encoder, seed), config
+
+
+def clip(seed: int = 3) -> Any:
+    """CLIP: the text encoder of SD1.5 with two layers."""
+    weights, config = clip_weights(seed)
     sd = _module("comfy.sd")
     return sd.load_text_encoder_state_dicts(
-        [_fill(encoder, seed)],
+        [weights],
         clip_type=sd.CLIPType.STABLE_DIFFUSION,
         model_options={"model_config": dict(config), "clip_l_model_config": dict(config)},
     )
@@ -117,13 +123,18 @@ def vae(seed: int = 4) -> Any:
     )
 
 
+def tiny_vae_weights(seed: int = 5) -> dict[str, torch.Tensor]:
+    """The weights of a TAESD."""
+    return _fill(_module("comfy.taesd.taesd").TAESD(), seed)
+
+
 def tiny_vae(seed: int = 5) -> Any:
     """VAE: a TAESD."""
-    return _module("comfy.sd").VAE(sd=_fill(_module("comfy.taesd.taesd").TAESD(), seed))
+    return _module("comfy.sd").VAE(sd=tiny_vae_weights(seed))
 
 
-def control_net(seed: int = 6) -> Any:
-    """CONTROL_NET: for `sd15`."""
+def control_net_weights(seed: int = 6) -> dict[str, torch.Tensor]:
+    """The weights of a ControlNet for `sd15`."""
     ops = _module("comfy.ops").disable_weight_init
     net = _module("comfy.cldm.cldm").ControlNet(
         image_size=32,
@@ -143,7 +154,12 @@ def control_net(seed: int = 6) -> Any:
         operations=ops,
         dtype=torch.float32,
     )
-    return _module("comfy.controlnet").load_controlnet_state_dict(_fill(net, seed))
+    return _fill(net, seed)
+
+
+def control_net(seed: int = 6) -> Any:
+    """CONTROL_NET: for `sd15`."""
+    return _module("comfy.controlnet").load_controlnet_state_dict(control_net_weights(seed))
 
 
 def clip_vision(folder: Path, seed: int = 7) -> Any:
@@ -168,12 +184,22 @@ def clip_vision(folder: Path, seed: int = 7) -> Any:
     return model
 
 
-def style_model(seed: int = 8) -> Any:
-    """STYLE_MODEL: the style adapter of T2I."""
-    module = _module("comfy.t2i_adapter.adapter").StyleAdapter(
+def _style_adapter() -> torch.nn.Module:
+    made: torch.nn.Module = _module("comfy.t2i_adapter.adapter").StyleAdapter(
         width=1024, context_dim=768, num_head=8, n_layes=3, num_token=8
     )
-    module.load_state_dict(_fill(module, seed))
+    return made
+
+
+def style_model_weights(seed: int = 8) -> dict[str, torch.Tensor]:
+    """The weights of T2I's style adapter."""
+    return _fill(_style_adapter(), seed)
+
+
+def style_model(seed: int = 8) -> Any:
+    """STYLE_MODEL: the style adapter of T2I."""
+    module = _style_adapter()
+    module.load_state_dict(style_model_weights(seed))
     return _module("comfy.sd").StyleModel(module)
 
 

@@ -198,3 +198,55 @@ def test_a_master_without_comfyui_hands_a_model_from_worker_to_worker(
         assert seen["output_1"][:3] == loaded["output_2"][:3]
         assert seen["output_1"][3] != loaded["output_2"][3], "the same process"
         assert sum(transfer.copied_bytes for transfer in seen.stats.transfers) == 0
+
+
+_SAMPLED = ("UNETLoader", "UNETLoader, fp8", "CheckpointLoaderSimple")
+_LOADERS = (
+    *_SAMPLED,
+    "CheckpointLoaderSimple, VAE",
+    "VAELoader",
+    "ControlNetLoader",
+    "StyleModelLoader",
+    "load_clip",
+)
+
+
+@pytest.mark.parametrize("loader", _LOADERS)
+def test_what_a_loader_loaded_can_be_loaded_by_the_worker_itself(told: dict[str, Any], loader: str) -> None:
+    equal, own, placed = told["recipes"]["kinds"][loader]
+    assert equal
+    assert own, "another module came back than was sent"
+    assert placed < 3_000_000, "the weights went through the arena"
+
+
+def test_a_model_by_recipe_samples_the_same_to_the_bit(told: dict[str, Any]) -> None:
+    assert set(told["recipes"]["sampled"]) == set(_SAMPLED)
+    assert all(told["recipes"]["sampled"].values())
+
+
+def test_patches_go_with_a_model_by_recipe(told: dict[str, Any]) -> None:
+    assert told["recipes"]["lora"] == [True, True]
+    assert told["recipes"]["loaded here"], "it was sent as the LoRA in its weights had made it"
+    assert told["recipes"]["one module"], "a clone was loaded a second time"
+
+
+def test_weights_by_recipe_that_a_node_wrote_into_are_read_anew(
+    told: dict[str, Any],
+) -> None:
+    assert told["recipes"]["written there"] == [True, True]
+
+
+def test_a_recipe_that_would_not_be_exact_is_refused_with_its_reason(told: dict[str, Any]) -> None:
+    found = told["recipes"]
+    assert "made by none of ComfyUI's loaders" in found["no loader"]
+    assert "diffusion_model.out.2.weight was changed since" in found["changed"]
+    assert "vae/recipe.safetensors has changed since the model was loaded" in found["file"]
+    for text in (found["no loader"], found["changed"], found["file"]):
+        assert text.startswith("input_1.")
+        assert text.endswith("use models: auto or reference")
+
+
+def test_auto_sends_by_reference_and_by_recipe_only_where_the_arena_has_no_room(told: dict[str, Any]) -> None:
+    assert told["recipes"]["no room"]
+    assert told["recipes"]["room"] > 100_000_000
+    assert told["recipes"]["changed, auto"]

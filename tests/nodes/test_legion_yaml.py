@@ -63,6 +63,7 @@ execution:
   deadline: 30
   retries: 1
   node_modules: [a.b]
+  models: recipe
 workflow: w.json
 """
     )
@@ -79,6 +80,12 @@ workflow: w.json
     assert {"CUDA_VISIBLE_DEVICES": "1", "N": "5", "FLAG": "True", "EMPTY": ""}.items() <= worker.env.items()
     assert (worker.startup_timeout_s, worker.max_workers, worker.idle_timeout_s) == (12.0, 2, 1.5)
     assert worker.node_modules == ("a.b",)
+    assert worker.models == "recipe"
+
+
+def test_an_unknown_way_for_models_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"line 1: execution\.models: expected one of auto, ref"):
+        parse_configuration("execution.models: copy")
 
 
 @pytest.mark.parametrize(

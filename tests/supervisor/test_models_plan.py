@@ -336,3 +336,6 @@ class _Memory:
 
         self.reserved.append(nbytes)
         return (ctypes.c_ubyte * nbytes)()
+
+    def room_bytes(self) -> int:
+        return 1 << 30
