@@ -30,6 +30,9 @@ _KEY = "extra_args"
 _REFUSED = ("quick_test_for_ci", "list_feature_flags")
 """Options with which ComfyUI ends instead of running."""
 
+_THE_SERVERS = ("--enable-manager", "--enable-manager-legacy-ui", "--disable-manager-ui")
+"""ComfyUI-Manager's: it installs and restarts, and writes the server's log file (`comfy_main`)."""
+
 _IN_MEMORY = "sqlite:///:memory:"
 
 
@@ -60,6 +63,14 @@ class GivenArguments:
         except ConfigError:
             return False
         return True
+
+    def without_manager(self) -> GivenArguments:
+        """The same without the flags of ComfyUI-Manager, which the log names."""
+        dropped = [word for word in self.arguments if word in _THE_SERVERS]
+        if not dropped:
+            return self
+        _log.info("ComfyUI-Manager is left out of workers: it belongs to the server (%s)", " ".join(dropped))
+        return GivenArguments(self._parser, [word for word in self.arguments if word not in dropped])
 
     def without_rivals(self, option: str) -> GivenArguments:
         """The same without the flags that can't stand beside ``option``, which the log names."""
@@ -104,6 +115,7 @@ def headless_arguments(given: GivenArguments, *, temp: Path, accelerator: bool) 
     """The whole command line. ``temp`` is this worker's own folder: ComfyUI empties its temp at its start."""
     if not accelerator and not given.accepts("--cpu"):
         given = given.without_rivals("--cpu")
+    given = given.without_manager()
     front_end = temp / "frontend"
     front_end.mkdir(exist_ok=True)
     added: list[tuple[str, ...]] = [

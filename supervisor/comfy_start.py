@@ -1,9 +1,9 @@
 """Bringing up a real ComfyUI in this process, headless: no listener, no port, no browser.
 
 Owns the order of the start, and what is put in place of the parts that would serve a browser. It goes
-through ComfyUI's own `main.py`, so that each version sets up its memory, its paths, its caches and its
-custom nodes by itself; what differs between versions is looked for in the modules, never deduced from a
-version number.
+through ComfyUI's own `main.py` (`comfy_main`), so that each version sets up its memory, its paths, its caches
+and its custom nodes by itself; what differs between versions is looked for in the modules, never deduced from
+a version number.
 
     main.py without its last block ─▶ start_comfyui: prompt server, nodes, routes, progress hook
                                   └─▶ prompt_worker, up to its first look at the queue: the executor
@@ -11,7 +11,6 @@ version number.
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import contextlib
 import importlib
@@ -22,8 +21,7 @@ import shutil
 import sys
 import tempfile
 import threading
-import types
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,10 +29,11 @@ from typing import Any, cast
 from legion_shm.errors import ConfigError, StartupError
 from legion_shm.supervisor.comfy_args import accelerator_found, headless_arguments, read_arguments
 from legion_shm.supervisor.comfy_job import Relay
+from legion_shm.supervisor.comfy_main import MainProgram, is_manager, take_begun
 from legion_shm.supervisor.graph_report import describe_value
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 
-__all__ = ["WORKER_NODES", "HeadlessComfy", "is_torch_warning", "start_headless"]
+__all__ = ["WORKER_NODES", "HeadlessComfy", "start_headless"]
 
 _log = logging.getLogger(__name__)
 
@@ -135,8 +134,7 @@ def _tell_preloaded(temp: Path) -> None:
 
 
 def _start(root: Path, temp: _Temp) -> HeadlessComfy:
-    with _no_second_console():
-        main = _load_main(root)
+    main = _load_main(root)
     _begin_log(root)
     start = _need(root, main, "start_comfyui")
     prompt_worker = _need(root, main, "prompt_worker")
@@ -194,39 +192,14 @@ def _begin_log(root: Path) -> None:
 
 
 def _load_main(root: Path) -> Any:
-    """ComfyUI's `main.py` as a module that was told it is the program, but without the block that starts it.
-
-    `--cuda-device` and other settings act only in blocks of it that ask for ``__main__``.
-    """
-    path = root / "main.py"
-    tree = ast.parse(path.read_bytes(), str(path))
-    kept = [statement for statement in tree.body if not _is_last_block(statement)]
-    if "torch" in sys.modules:  # it came with the zygote, and not by somebody's mistake
-        tree.body = [statement for statement in tree.body if not is_torch_warning(statement)]
-        kept = [statement for statement in kept if not is_torch_warning(statement)]
-    module = types.ModuleType("main")
-    module.__file__ = str(path)
-    if len(kept) == len(tree.body) - 1:
-        module.__name__ = "__main__"
-        tree.body = kept
-    sys.modules["main"] = module
-    exec(compile(tree, str(path), "exec"), module.__dict__)
-    module.__name__ = "main"
-    return module
-
-
-def is_torch_warning(statement: ast.stmt) -> bool:
-    """With this ComfyUI begins its main code: was torch imported before?"""
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "'torch' in sys.modules"
-
-
-def _is_last_block(statement: ast.stmt) -> bool:
-    """``if __name__ == "__main__":`` around a call of start_comfyui."""
-    return (
-        isinstance(statement, ast.If)
-        and ast.unparse(statement.test).replace("'", '"') == '__name__ == "__main__"'
-        and any(isinstance(node, ast.Name) and node.id == "start_comfyui" for node in ast.walk(statement))
-    )
+    """ComfyUI's `main.py` as a module that was told it is the program, without the block that starts it."""
+    program, forked = take_begun(root), True
+    if program is None:
+        program, forked = MainProgram(root), False
+        program.begin()
+    main = program.finish(torch_is_here=forked and "torch" in sys.modules)
+    _no_second_console(program.handlers)
+    return main
 
 
 def _module(name: str) -> Any:
@@ -243,16 +216,13 @@ def _need(root: Path, module: Any, name: str) -> Any:
         ) from None
 
 
-@contextlib.contextmanager
-def _no_second_console() -> Generator[None, None, None]:
+def _no_second_console(comfyuis: Sequence[logging.Handler]) -> None:
     """Drop ComfyUI's console handler where somebody takes log records already: each line would come twice."""
     root = logging.getLogger()
-    before = list(root.handlers)
-    yield
-    if not before:
+    if all(handler in comfyuis for handler in root.handlers):
         return
     files, level = False, 0
-    for handler in [handler for handler in root.handlers if handler not in before]:
+    for handler in [handler for handler in root.handlers if handler in comfyuis]:
         if isinstance(handler, logging.FileHandler):
             files = True
         elif isinstance(handler, logging.StreamHandler):
@@ -295,6 +265,8 @@ def _watch_custom_nodes(nodes: Any) -> list[str]:
         return failed
 
     async def watched(module_path: str, *args: Any, **named: Any) -> Any:
+        if is_manager(module_path):
+            return True
         said.last = ""
         logging.getLogger().addHandler(said)
         try:

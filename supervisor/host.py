@@ -75,11 +75,14 @@ def main(config: HostConfig) -> None:
     """The worker process, first line to last. Its exit code is 0, or 1 if the engine could not start."""
     death_pipe.arm(config.death_fd)
     without_preload(os.environ, config.preloaded)
-    faulthandler.enable()
+    faulthandler.enable(sys.__stderr__ or 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
     extend_path(config.python_path, config.parent_path)
     for stream in (sys.stdout, sys.stderr):
-        cast("io.TextIOWrapper", stream).reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(
+            AttributeError
+        ):  # in a fork a prestartup script may have put its own in place
+            cast("io.TextIOWrapper", stream).reconfigure(line_buffering=True, errors="backslashreplace")
     faults.arm_from_environment()
     host = _Host(config)
     try:

@@ -26,6 +26,8 @@ from legion_shm.supervisor.zygote_wire import (
     Fit,
     Fork,
     Forked,
+    NotForked,
+    Outdated,
     Reap,
     Report,
     Unfit,
@@ -41,7 +43,7 @@ _ANSWER_WAIT_S = 10.0  # a fork takes some 10 ms; a zygote that does not answer 
 _STATUS_WAIT_S = 1.0  # for the zygote's word on a worker whose pidfd says that it has ended
 _TAIL_LINES = 50
 
-State = Literal["starting", "fit", "unfit", "became", "ended"]
+State = Literal["starting", "fit", "unfit", "outdated", "became", "ended"]
 
 
 @dataclass
@@ -59,11 +61,15 @@ class Request:
     ends: WorkerEnds | None = None
     asked_s: float = 0.0
 
-    def give_up(self) -> None:
-        """Have it executed instead; a child that was forked all the same ends with its death pipe."""
+    def take_back(self) -> None:
+        """A child that was forked all the same ends with its death pipe."""
         if self.ends is not None:
             self.ends.close()
             self.ends = None
+
+    def give_up(self) -> None:
+        """Have it executed instead."""
+        self.take_back()
         self.plain()
 
 
@@ -101,10 +107,14 @@ def _readable(fd: int, timeout_s: float | None) -> bool:
 
 @dataclass
 class Zygote:
-    """``told_unfit(reason)`` hears once why workers of this kind are not to come from a zygote."""
+    """``told_unfit(reason)`` hears once why workers of this kind are not to come from a zygote.
+
+    ``ask_another`` gets the requests that came too late: what this one has loaded is no longer what is there.
+    """
 
     name: str
     told_unfit: Callable[[str], None]
+    ask_another: Callable[[Request], None]
     last_used_s: float
     state: State = "starting"
     spawned: PosixWorker | None = None
@@ -143,6 +153,8 @@ class Zygote:
             self._waiting.append(request)
         elif self.state == "fit":
             self._order(request, now)
+        elif self.state == "outdated":
+            self.ask_another(request)
         else:
             request.give_up()
 
@@ -236,7 +248,12 @@ class Zygote:
                 self.kill()
         else:
             request = self._asked.pop(report.number, None)
-            if request is not None:
+            if isinstance(report, Outdated) and request is not None:
+                _log.info("zygote %s is replaced: %s", self.name, report.reason)
+                self.state = "outdated"
+                request.take_back()
+                self.ask_another(request)
+            elif isinstance(report, NotForked) and request is not None:
                 _log.warning("zygote %s could not fork: %s", self.name, report.error)
                 request.give_up()
 

@@ -1,10 +1,10 @@
 """The zygote: a process that has imported what workers of one kind need, and forks them.
 
 Owns its own life and the moment of each fork: what a fork must not share is taken from it here, before it
-becomes a worker. It never runs a node, never loads a user's module, and never touches a GPU.
+becomes a worker. It never runs a node, never loads a module with nodes, and never touches a GPU.
 
-    exec ─▶ preload ─▶ fit? ─▶ serve ──Fork──▶ fork ─▶ Forked, later Exited
-                         │                      └─ in the child: serve returns what it is to be
+    exec ─▶ preload ─▶ fit? ─▶ serve ──Fork──▶ still as on disk? ─▶ fork ─▶ Forked, later Exited
+                         │                       └─ not: Outdated    └─ child: serve returns what it is to be
                          └─ not: Unfit; perhaps it becomes the worker itself
 
 The child returns from `serve` into the very entry that a spawned worker has, so it ends like one too. A child
@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import current_process
 from typing import Any, Literal, cast
@@ -32,7 +32,18 @@ from typing import Any, Literal, cast
 from legion_shm.supervisor import death_pipe, zygote_wire
 from legion_shm.supervisor.freeing import forked
 from legion_shm.supervisor.spawn import HostConfig, Launch, LaunchedProcess, tell_ends
-from legion_shm.supervisor.zygote_wire import Become, Exited, Fit, Fork, Forked, NotForked, Reap, Unfit
+from legion_shm.supervisor.worker_env import without_preload
+from legion_shm.supervisor.zygote_wire import (
+    Become,
+    Exited,
+    Fit,
+    Fork,
+    Forked,
+    NotForked,
+    Outdated,
+    Reap,
+    Unfit,
+)
 
 __all__ = ["ZygoteConfig", "ZygoteProcess", "serve"]
 
@@ -50,6 +61,7 @@ class ZygoteConfig:
     parent_path: tuple[str, ...]
     comfyui_path: str | None
     extra_args: tuple[str, ...]
+    preloaded: str = ""
     death_fd: int = -1
     begun_fd: int = -1
     control_fd: int = -1
@@ -73,6 +85,7 @@ class ZygoteProcess(LaunchedProcess):
 def serve(config: ZygoteConfig) -> HostConfig | None:
     """In a fork, and in a zygote that has to be a worker itself: which. None at the zygote's own end."""
     death_pipe.arm(config.death_fd)
+    without_preload(os.environ, config.preloaded)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
@@ -82,28 +95,31 @@ def serve(config: ZygoteConfig) -> HostConfig | None:
     control.setblocking(True)
     started_s = time.monotonic()
     gc.disable()  # until the fork: what is never collected is never moved, and its pages stay shared
-    trouble = _preload(config)
+    loaded = _preload(config)
+    trouble = loaded if isinstance(loaded, Unfit) else None
     if trouble is None:
         reason = _why_unfit()
         trouble = Unfit(reason, clean=True) if reason else None
     zygote_wire.send_report(control, trouble or Fit(time.monotonic() - started_s))
     gc.freeze()
-    return _Zygote(control, config).run()
+    return _Zygote(control, config, str if isinstance(loaded, Unfit) else loaded).run()
 
 
-def _preload(config: ZygoteConfig) -> Unfit | None:
-    """Import what workers of this kind will. What fails to load here is for a worker to say."""
+def _preload(config: ZygoteConfig) -> Unfit | Callable[[], str]:
+    """Import what workers of this kind will, and how to ask whether it has changed since.
+
+    What fails to load here is for a worker to say.
+    """
     from legion_shm.supervisor.host import extend_path
     from legion_shm.supervisor.zygote_preload import NotToBePreloaded, preload
 
     extend_path(config.python_path, config.parent_path)
     try:
-        preload(config.engine, config.comfyui_path, config.extra_args)
+        return preload(config.engine, config.comfyui_path, config.extra_args)
     except NotToBePreloaded as reason:
         return Unfit(str(reason), clean=False)
     except BaseException as error:
         return Unfit(f"{type(error).__name__} while it imported: {error}"[:2000], clean=False)
-    return None
 
 
 def _why_unfit() -> str:
@@ -162,8 +178,8 @@ def _fork_warnings_off() -> Any:
 
 
 class _Zygote:
-    def __init__(self, control: socket.socket, config: ZygoteConfig) -> None:
-        self._control, self._config = control, config
+    def __init__(self, control: socket.socket, config: ZygoteConfig, changed: Callable[[], str]) -> None:
+        self._control, self._config, self._changed = control, config, changed
         self._children: dict[int, int] = {}  # pidfd to pid
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
@@ -188,6 +204,11 @@ class _Zygote:
     # --- forks --------------------------------------------------------------------------------------
 
     def _fork(self, order: Fork, fds: list[int]) -> HostConfig | None:
+        outdated = self._changed()
+        if outdated:
+            _close(fds)
+            zygote_wire.send_report(self._control, Outdated(order.number, outdated[:2000]))
+            return None
         try:
             extra = len(os.listdir("/proc/self/task")) - 1
             if extra:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from legion_shm.comfy_location import find_comfyui
@@ -36,20 +36,25 @@ class NotToBePreloaded(Exception):
     """Workers of this kind must not share what they import: the reason, in words."""
 
 
-def preload(engine: str, comfyui_path: str | None, extra_args: Sequence[str]) -> None:
-    """Import it, in the order in which a worker would. Raises NotToBePreloaded, and what an import raises."""
-    if engine == "comfy":
-        _preload_comfyui(comfyui_path, extra_args)
+def preload(engine: str, comfyui_path: str | None, extra_args: Sequence[str]) -> Callable[[], str]:
+    """Import it, in the order in which a worker would.
+
+    The answer tells, whenever it is asked, what a new worker has to see and forks would not, for it has
+    changed since. Raises NotToBePreloaded, and what an import raises.
+    """
+    changed = _preload_comfyui(comfyui_path, extra_args) if engine == "comfy" else str
     for name in _COMFY if engine == "comfy" else _GRAPH:
         importlib.import_module(name)
+    return changed
 
 
-def _preload_comfyui(comfyui_path: str | None, extra_args: Sequence[str]) -> None:
+def _preload_comfyui(comfyui_path: str | None, extra_args: Sequence[str]) -> Callable[[], str]:
     from legion_shm.supervisor.comfy_preload import preload_comfyui
 
     found = find_comfyui(comfyui_path, os.environ)
     if found is None:
         raise NotToBePreloaded("there is no ComfyUI")
-    reason = preload_comfyui(Path(os.path.abspath(found.path)), extra_args)
-    if reason:
-        raise NotToBePreloaded(reason)
+    begun = preload_comfyui(Path(os.path.abspath(found.path)), extra_args)
+    if isinstance(begun, str):
+        raise NotToBePreloaded(begun)
+    return begun.changed

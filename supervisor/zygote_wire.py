@@ -3,7 +3,7 @@
 Owns the messages and their form: one packet each, with the descriptors that belong to it. It decides nothing.
 
     supervisor ─▶ Fork, Become (with a worker's descriptors), Reap        pickled: a parent to its own child
-    zygote     ─▶ Fit, Unfit, Forked (with a pidfd), NotForked, Exited    JSON, read strictly
+    zygote     ─▶ Fit, Unfit, Forked (with a pidfd), NotForked, Outdated, Exited    JSON, read strictly
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "Forked",
     "NotForked",
     "Order",
+    "Outdated",
     "Reap",
     "Report",
     "Unfit",
@@ -92,6 +93,14 @@ class NotForked:
 
 
 @dataclass(frozen=True)
+class Outdated:
+    """It did not fork: what it loaded is another now, as ``reason`` says. It asks to be replaced."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Exited:
     """``status``: the exit code, negative for a signal."""
 
@@ -100,13 +109,14 @@ class Exited:
 
 
 Order = Fork | Become | Reap
-Report = Fit | Unfit | Forked | NotForked | Exited
+Report = Fit | Unfit | Forked | NotForked | Outdated | Exited
 
 _REPORTS: dict[str, tuple[type[Report], tuple[type, ...]]] = {
     "fit": (Fit, (float,)),
     "unfit": (Unfit, (str, bool)),
     "forked": (Forked, (int, int)),
     "not_forked": (NotForked, (int, str)),
+    "outdated": (Outdated, (int, str)),
     "exited": (Exited, (int, int)),
 }
 _NAMES = {kind: name for name, (kind, _) in _REPORTS.items()}

@@ -50,6 +50,7 @@ class _Kind:
     parent_path: tuple[str, ...]
     comfyui_path: str | None
     extra_args: tuple[str, ...]
+    preloaded: str
 
 
 def zygotes_supported() -> str:
@@ -88,7 +89,7 @@ class Zygotes:
 
     def request(self, request: Request, spec: WorkerSpec) -> None:
         """Have a worker forked, once its zygote is there; or executed, where that is not to be."""
-        config, now = request.config, monotonic_s()
+        config = request.config
         kind = _Kind(
             engine=config.engine,
             executable=spec.python_executable or sys.executable,
@@ -98,15 +99,19 @@ class Zygotes:
             parent_path=config.parent_path,
             comfyui_path=config.comfyui_path,
             extra_args=config.extra_args,
+            preloaded=config.preloaded,
         )
+        self._ask(kind, request)
+        self._watch()
+
+    def _ask(self, kind: _Kind, request: Request) -> None:
         if kind in self._unfit:
             request.give_up()
             return
-        zygote = self._by_kind.get(kind)
-        if zygote is None:
+        now, zygote = monotonic_s(), self._by_kind.get(kind)
+        if zygote is None or zygote.state == "outdated":
             zygote = self._start(kind, now)
         zygote.ask(request, now)
-        self._watch()
 
     def withdraw(self, worker: WorkerIO) -> None:
         """Take a worker back that waits for its process, if it has not been ordered yet."""
@@ -122,7 +127,8 @@ class Zygotes:
     def _start(self, kind: _Kind, now: float) -> Zygote:
         self._make_room()
         self._numbers += 1
-        zygote = Zygote(f"zygote-{self._numbers}", partial(self._told_unfit, kind), now)
+        name = f"zygote-{self._numbers}"
+        zygote = Zygote(name, partial(self._told_unfit, kind), partial(self._ask, kind), now)
         self._by_kind[kind] = zygote
         self._all.append(zygote)
 
@@ -191,6 +197,8 @@ class Zygotes:
                 yield zygote, answer_due_s
             elif zygote.state == "fit" and not zygote.in_use:
                 yield zygote, zygote.last_used_s + self._settings.zygote_idle_s
+            elif zygote.state == "outdated" and not zygote.in_use:
+                yield zygote, zygote.last_used_s
 
     def close(self) -> None:
         """End them all. The workers are gone by now, or end with us."""
@@ -225,6 +233,7 @@ def _spawn_zygote(name: str, kind: _Kind) -> PosixWorker:
         parent_path=kind.parent_path,
         comfyui_path=kind.comfyui_path,
         extra_args=kind.extra_args,
+        preloaded=kind.preloaded,
     )
     _, _, death_fd, begun_fd, control_fd = ends.theirs
     config = replace(config, death_fd=death_fd, begun_fd=begun_fd, control_fd=control_fd)
