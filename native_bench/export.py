@@ -9,7 +9,17 @@ import csv
 import io
 
 from legion_shm.native_bench.model import Result, Row
-from legion_shm.native_bench.table import MET, SECTIONS, describe, format_row, transfer_grid, transfer_titles
+from legion_shm.native_bench.table import (
+    HOPS_TITLE,
+    MET,
+    SECTIONS,
+    describe,
+    format_ms,
+    format_row,
+    hops_grid,
+    transfer_grid,
+    transfer_titles,
+)
 
 __all__ = ["to_csv", "to_markdown"]
 
@@ -39,6 +49,14 @@ def to_markdown(result: Result) -> str:
             bold = "**" if result.kind_of(name) == "legion" else ""
             lines.append(f"| {bold}{result.title_of(name)}{bold} | " + " | ".join(cells) + " |")
         lines.append("")
+    hops, ways = hops_grid(result)
+    if ways:
+        lines += [f"<details><summary>{HOPS_TITLE}</summary>", "", f"| way | size | {' | '.join(hops)} |"]
+        lines.append("|---|--:|" + "--:|" * len(hops))
+        for name, size, of_hop in ways:
+            figures_of_hops = " | ".join(format_ms(of_hop[hop].median) for hop in hops)
+            lines.append(f"| {result.title_of(name)} | {size} | {figures_of_hops} |")
+        lines += ["", "</details>", ""]
     for section, title in SECTIONS.items():
         figures = [row for row in result.rows if row.section == section]
         if not figures:

@@ -11,7 +11,17 @@ from html import escape
 
 from legion_shm.native_bench.model import Result, Row
 from legion_shm.native_bench.plots import factors_plot, hops_plot, transfer_plot
-from legion_shm.native_bench.table import MET, SECTIONS, describe, format_row, transfer_grid, transfer_titles
+from legion_shm.native_bench.table import (
+    HOPS_TITLE,
+    MET,
+    SECTIONS,
+    describe,
+    format_ms,
+    format_row,
+    hops_grid,
+    transfer_grid,
+    transfer_titles,
+)
 from legion_shm.native_bench.whole_path import HOPS
 
 __all__ = ["to_html"]
@@ -63,6 +73,7 @@ def to_html(result: Result) -> str:
         _cards(result),
         *_transfers(result),
         *_goals(result),
+        *_hops(result),
         *_sections(result),
         *_setup(result),
         "</main></body></html>",
@@ -167,6 +178,18 @@ def _goals(result: Result) -> Iterable[str]:
         measured = escape(goal.measured or "–")
         yield f"<tr><td>{escape(goal.goal)}</td><td>{escape(goal.wanted)}</td><td>{measured}</td>"
         yield f"<td class='{style}'>{MET[goal.met]}</td></tr>"
+    yield "</table></div>"
+
+
+def _hops(result: Result) -> Iterable[str]:
+    hops, ways = hops_grid(result)
+    if not ways:
+        return
+    head = "".join(f"<th>{escape(hop)}</th>" for hop in hops)
+    yield f"<h2>{HOPS_TITLE}</h2><div class='wide'><table><tr><th>way</th><th>size</th>{head}</tr>"
+    for name, size, of_hop in ways:
+        cells = "".join(f"<td>{format_ms(of_hop[hop].median)}</td>" for hop in hops)
+        yield f"<tr><td>{escape(result.title_of(name))}</td><td>{escape(size)}</td>{cells}</tr>"
     yield "</table></div>"
 
 

@@ -40,6 +40,7 @@ class Taken:
 
     round_trip_us: float
     one_way_us: float
+    hops: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass
@@ -100,6 +101,7 @@ def exchange_once(case: Case, order: Order) -> Taken:
     reply = session.exchange(tensor)
     got = payload.use(reply, order.use)
     ended_ns = time.monotonic_ns()
+    hops = session.hops()
     expected = payload.expected_use(order, reply=True)
     problem = payload.problem_of(reply, order, reply=True)
     if not problem and expected is not None and got != expected:
@@ -109,7 +111,7 @@ def exchange_once(case: Case, order: Order) -> Taken:
     if problem or seen.problem:
         where = "here" if problem else "in the other process"
         raise ContentsDiffer(f"{case.peer.name}, {order.nbytes} bytes, {where}: {problem or seen.problem}")
-    return Taken((ended_ns - started_ns) / 1000, (seen.used_ns - started_ns) / 1000)
+    return Taken((ended_ns - started_ns) / 1000, (seen.used_ns - started_ns) / 1000, hops)
 
 
 def order_for(peer: Peer, shape: tuple[int, ...], how: Use, number: int, *, corrupt: bool = False) -> Order:

@@ -23,7 +23,7 @@ __all__ = ["FORMAT", "CaseInfo", "Goal", "Missing", "Result", "Row", "read_resul
 FORMAT = "legion-bench/1"
 """Changes when a reader of the old format would read a new file wrongly."""
 
-Section = Literal["transfer", "limit", "control", "start", "throughput", "path", "memory"]
+Section = Literal["transfer", "hops", "limit", "control", "start", "throughput", "path", "memory"]
 Unit = Literal["us", "GB/s", "MB", "ratio"]
 
 

@@ -22,6 +22,7 @@ from legion_shm.native_bench.machine import describe_machine, describe_packages,
 from legion_shm.native_bench.measure import (
     Case,
     Sampled,
+    Taken,
     close_cases,
     measure_size,
     open_cases,
@@ -33,6 +34,7 @@ from legion_shm.native_bench.peers import all_peers
 from legion_shm.native_bench.peers.base import Peer
 from legion_shm.native_bench.schedule import QUICK_SIZES, SIZES, Size, parse_sizes, rounds_for
 from legion_shm.native_bench.summary import summarize
+from legion_shm.native_bench.whole_path import OTHER
 
 __all__ = ["Options", "choose_peers", "run"]
 
@@ -231,7 +233,20 @@ def _transfer_rows(sampled: Sampled, size: Size, how: Use) -> list[Row]:
                     use=how,
                 )
             )
+        rows += _hop_rows(name, taken, size, how)
     return rows
+
+
+def _hop_rows(name: str, taken: Sequence[Taken], size: Size, how: Use) -> list[Row]:
+    """Where the round trips went; ``other``: the use of the answer, checks, hand-overs between threads."""
+    if how != "touch" or not taken[0].hops:
+        return []
+    samples: dict[str, list[float]] = {hop: [each.hops[hop] for each in taken] for hop in taken[0].hops}
+    samples[OTHER] = [max(0.0, each.round_trip_us - sum(each.hops.values())) for each in taken]
+    return [
+        Row.of("hops", name, hop, summarize(values), size_bytes=size.nbytes, size=size.label, use=how)
+        for hop, values in samples.items()
+    ]
 
 
 def _info(peer: Peer, proved: bool) -> CaseInfo:

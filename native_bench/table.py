@@ -16,11 +16,13 @@ from legion_shm.native_bench.compare import Comparison
 from legion_shm.native_bench.model import Result, Row
 
 __all__ = [
+    "HOPS_TITLE",
     "MET",
     "SECTIONS",
     "describe",
     "format_ms",
     "format_row",
+    "hops_grid",
     "print_comparison",
     "print_result",
     "transfer_grid",
@@ -38,8 +40,24 @@ SECTIONS: Mapping[str, str] = {
     "limit": "Physical limits",
 }
 
+HOPS_TITLE = "Where Legion's round trips spend their time, median ms"
+
 _WIDTH = 118  # what six sizes need; a narrower terminal wraps lines, and no figure is cut
 _ROUND, _ONE = "round_trip", "one_way"
+
+
+def hops_grid(result: Result) -> tuple[list[str], list[tuple[str, str, dict[str, Row]]]]:
+    """Where Legion's round trips spend their time: the hops, and by way and size the row of each hop."""
+    rows = [row for row in result.rows if row.section == "hops"]
+    grid: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row.size_bytes):
+        grid.setdefault((row.case, row.size), {})[row.metric] = row
+    hops = list(dict.fromkeys(row.metric for row in rows))
+    return hops, [(case, size, of_hop) for (case, size), of_hop in sorted(grid.items(), key=_by_case)]
+
+
+def _by_case(item: tuple[tuple[str, str], object]) -> str:
+    return item[0][0]
 
 
 def transfer_titles() -> dict[tuple[str, str], str]:
@@ -105,6 +123,12 @@ def print_result(result: Result, console: Console) -> None:
         sizes, grid = transfer_grid(result, metric, use)
         if grid:
             console.print(_transfer_table(result, f"{title} (p99)", sizes, grid))
+    hops, lines = hops_grid(result)
+    if lines:
+        table = Table("way", "size", *hops, title=HOPS_TITLE, title_justify="left")
+        for case, size, of_hop in lines:
+            table.add_row(case, size, *(format_ms(of_hop[hop].median) for hop in hops))
+        console.print(table)
     for section, title in SECTIONS.items():
         rows = [row for row in result.rows if row.section == section]
         if rows:

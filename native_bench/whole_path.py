@@ -16,8 +16,9 @@ from typing import Any
 from legion_shm.config import WorkerSpec
 from legion_shm.native_bench.model import Row
 from legion_shm.native_bench.summary import summarize
+from legion_shm.supervisor.result import JobStats
 
-__all__ = ["HOPS", "measure_whole_path"]
+__all__ = ["HOPS", "OTHER", "hops_of", "measure_whole_path"]
 
 HOPS = (
     ("encode_s", "encode"),
@@ -29,6 +30,9 @@ HOPS = (
     ("from_worker_s", "wire and wake-up back"),
     ("result_decode_s", "decode result"),
 )
+OTHER = "other"
+"""What the hops leave of the whole."""
+
 _WARM_UP = 3
 _LONG_TIMEOUT_S = 300.0  # a ComfyUI may take minutes to start
 
@@ -61,6 +65,11 @@ def measure_whole_path(*, rounds: int, comfyui: str | None, show: Callable[[str]
     return rows
 
 
+def hops_of(stats: JobStats) -> dict[str, float]:
+    """Microseconds by hop."""
+    return {name: float(getattr(stats, hop)) * 1e6 for hop, name in HOPS}
+
+
 def _passthrough() -> dict[str, Any]:
     return {
         "in": {"class_type": "LegionImporter", "inputs": {}},
@@ -82,7 +91,7 @@ def _sample(
         total_us = (time.monotonic() - started_s) * 1e6
         if number < _WARM_UP:
             continue
-        hops = {name: float(getattr(result.stats, hop)) * 1e6 for hop, name in HOPS}
+        hops = hops_of(result.stats)
         for name, value in hops.items():
             samples[name].append(value)
         samples["total"].append(total_us)

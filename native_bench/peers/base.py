@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,10 @@ class Session(ABC):
     @abstractmethod
     def finish(self) -> Seen:
         """Not timed: let go of the last answer, and hear what the other process saw."""
+
+    def hops(self) -> Mapping[str, float]:
+        """Microseconds of the last exchange, by what it spent them on, where the way knows."""
+        return {}
 
     def retire(self) -> None:  # noqa: B027 - nothing to tell is fine
         """Tell the other process to end, without waiting: `close` comes next, after others were told too."""

@@ -14,6 +14,7 @@ given back meanwhile would be measured cold. The worker is of the graph engine w
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from legion_shm.config import WorkerSpec
@@ -21,7 +22,9 @@ from legion_shm.errors import LegionError, PeerFailed
 from legion_shm.native_bench import payload
 from legion_shm.native_bench.payload import Order
 from legion_shm.native_bench.peers.base import TIMEOUT_S, Peer, Seen, Session
+from legion_shm.native_bench.whole_path import hops_of
 from legion_shm.supervisor.api import Supervisor
+from legion_shm.supervisor.result import JobStats
 
 __all__ = ["PEERS", "WORKER_NODES", "LegionPeer", "job_of"]
 
@@ -79,13 +82,16 @@ class _LegionSession(Session):
         self._spec = _spec(1)
         self._flow, self._spoil = job_of(node), job_of("BenchSpoil")
         self._spoiled = False
+        self._stats: JobStats | None = None
         self._supervisor.warm_up(self._spec)
 
     def _run(self, flow: dict[str, Any], spec: WorkerSpec, *inputs: object) -> Any:
         supervisor = self._supervisor
         assert supervisor is not None, "closed"
         try:
-            return supervisor.submit(flow, inputs=inputs, spec=spec).result(timeout=TIMEOUT_S)["output_1"]
+            result = supervisor.submit(flow, inputs=inputs, spec=spec).result(timeout=TIMEOUT_S)
+            self._stats = result.stats
+            return result["output_1"]
         except (LegionError, TimeoutError) as error:
             raise PeerFailed(f"the job failed: {error}") from error
 
@@ -104,6 +110,9 @@ class _LegionSession(Session):
 
     def exchange(self, tensor: Any) -> Any:
         return self._run(self._spoil if self._spoiled else self._flow, self._spec, tensor)
+
+    def hops(self) -> Mapping[str, float]:
+        return {} if self._stats is None else hops_of(self._stats)
 
     def finish(self) -> Seen:
         return Seen(**self._run(job_of("BenchFinish"), self._spec, 1))
@@ -137,6 +146,9 @@ class _ForwardSession(_LegionSession):
 
     def exchange(self, tensor: Any) -> Any:
         return super().exchange(self._run(self._produce, self._maker, 1))
+
+    def hops(self) -> Mapping[str, float]:
+        return {}  # two jobs
 
 
 class LegionPeer(Peer):

@@ -16,7 +16,7 @@ from legion_shm.errors import BenchmarkError
 from legion_shm.native_bench.export import to_csv, to_markdown
 from legion_shm.native_bench.goals import check_goals
 from legion_shm.native_bench.model import FORMAT, read_result, write_result
-from legion_shm.native_bench.table import format_ms, print_result
+from legion_shm.native_bench.table import HOPS_TITLE, format_ms, hops_grid, print_result
 from tests.bench.canned import MB25, canned
 from tests.system.support import REPO, run_script
 
@@ -55,6 +55,23 @@ def test_the_terminal_shows_each_way_the_goals_and_what_is_missing() -> None:
     for words in ("legion-resident", "iceoryx2", "25 MB", "3.00", "met", "missed", "ray", "not installed"):
         assert words in text
     assert "Test <CPU>" in text
+
+
+def test_every_report_says_where_our_round_trips_spend_their_time() -> None:
+    hops, ways = hops_grid(canned())
+    assert hops[0] == "encode"
+    assert hops[-1] == "other"
+    assert [(case, size) for case, size, _ in ways] == [("legion", "25 MB")]
+    cells = "1.00", "2.00", "9.00"
+    markdown = next(
+        line for line in to_markdown(canned()).splitlines() if line.startswith("| Way legion | 25 MB")
+    )
+    assert all(f" {cell} |" in markdown for cell in cells)
+    console = Console(file=io.StringIO(), width=60)
+    print_result(canned(), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert HOPS_TITLE in text
+    assert all(cell in text.split(HOPS_TITLE)[1] for cell in cells)
 
 
 def test_csv_has_every_figure_as_a_line() -> None:
