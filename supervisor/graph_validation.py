@@ -104,7 +104,7 @@ def _structure_problems(prompt: object, classes: Mapping[str, NodeClass]) -> lis
                 Problem(
                     "missing_node_type",
                     f"no node class {class_type!r} is loaded; name the module that has it in "
-                    "WorkerSpec.node_modules",
+                    "WorkerSpec.node_modules (legion run: --node-module)",
                     key,
                 )
             )

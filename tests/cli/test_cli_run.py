@@ -202,6 +202,27 @@ def test_named_channels_tensors_and_the_json_document(legion: Run, tmp_path: Pat
     assert np.array_equal(np.load(tmp_path / "y.npy"), np.load(tmp_path / "x.npy"))
 
 
+@pytest.mark.parametrize("option", ["--node-module", "--node-modules", "-m"])
+def test_node_classes_come_from_a_module_by_any_of_the_options_names(
+    legion: Run, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Twice:\n"
+        "    RETURN_TYPES, FUNCTION = ('INT',), 'run'\n"
+        "    @classmethod\n"
+        "    def INPUT_TYPES(cls): return {'required': {'value': ('INT', {})}}\n"
+        "    def run(self, value): return (value * 2,)\n"
+        "NODE_CLASS_MAPPINGS = {'Twice': Twice}\n"
+    )
+    run = ("run", flow("Twice"), "--engine", "graph", "--input", "1=21", "--json")
+    outcome = legion(*run, option, "mine.py")
+    assert (outcome.code, outcome.document["outputs"]["output_1"]["value"]) == (0, 42), outcome
+    lacking = legion(*run)
+    assert lacking.code == 1, lacking
+    assert "no node class 'Twice' is loaded" in lacking.out
+    assert "--node-module" in lacking.out
+
+
 def test_lines_of_the_worker_go_to_standard_error_and_values_to_standard_output(legion: Run) -> None:
     workflow = flow("TestPrint", text="a line of the node", stream="stdout")
     outcome = legion("run", workflow, *TEST_NODES, "-i", '1={"a": [1, 2]}', "-o", "1=-")

@@ -87,17 +87,18 @@ def test_the_web_service_inverts_a_picture_per_request(monkeypatch: pytest.Monke
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), (255, 0, 51)).save(buffer, "PNG")
 
-    async def ask() -> tuple[list[bytes], int]:
+    async def ask() -> tuple[list[bytes], int, str]:
         async with test_utils.TestClient(test_utils.TestServer(web_service.make_app())) as client:
             answers = await asyncio.gather(
                 *(client.post("/invert", data=buffer.getvalue()) for _ in range(4))
             )
             bodies = [await answer.read() for answer in answers]
             refused = await client.post("/invert", data=b"not a picture")
-            return bodies, refused.status
+            return bodies, refused.status, await refused.text()
 
-    bodies, refused = asyncio.run(ask())
-    assert refused == 415
+    bodies, status, said = asyncio.run(ask())
+    assert status == 415
+    assert said == "the body is no image that Pillow can read; send the bytes of a PNG or JPEG file\n"
     for body in bodies:
         picture = np.asarray(Image.open(io.BytesIO(body)))
         assert picture.shape == (30, 40, 3)
