@@ -184,7 +184,17 @@ class _Host:
         if faults.hit is not None:
             faults.hit("host.before_hello")
         self._send(Hello(config.worker, config.token, "job", os.getpid()))
-        self._control.start()
+        try:
+            self._control.start()
+        except RuntimeError as error:
+            self._send(
+                StartFailed(
+                    f"its control thread could not be started: {error}; the worker is at a limit of threads "
+                    "or memory (ulimit -u, ulimit -v)",
+                    "",
+                )
+            )
+            return False
         self._log_handler = LogHandler(self.log)
         logging.getLogger().addHandler(self._log_handler)
         try:

@@ -19,7 +19,6 @@ import logging
 import socket
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from legion_shm import faults
@@ -27,6 +26,7 @@ from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import JobCancelled, StartupError, WorkerLost
 from legion_shm.events import JobQueued, LogEvent
+from legion_shm.helper_threads import HelperThreads
 from legion_shm.supervisor.commands import Command, Commands
 from legion_shm.supervisor.freeing import FreedMemory, Freeing
 from legion_shm.supervisor.inbox import Inbox
@@ -81,7 +81,7 @@ class Loop:
         self._settings, self._channel, self._directory = settings, channel, directory
         self._commands = Commands(_too_late)
         channel.watch(self._commands.wake_fd)
-        self._helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="legion-helper")
+        self._helpers = HelperThreads(_HELPERS, thread_name_prefix="legion-helper")
         self._machine = Machine(_limits(settings))
         self._specs: dict[str, WorkerSpec] = {}
         self._submissions: dict[str, Submission] = {}

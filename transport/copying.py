@@ -13,12 +13,13 @@ import mmap
 import os
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from statistics import median
 from threading import Lock
 
 from legion_shm import faults
+from legion_shm.helper_threads import HelperThreads
 
 __all__ = ["SPLIT_MIN_BYTES", "Chooser", "copy_memory"]
 
@@ -31,7 +32,7 @@ class _Helper:
 
     def __init__(self) -> None:
         self._free = Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: HelperThreads | None = None
         self._cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def start(self, dst: int, src: int, nbytes: int) -> Future[object] | None:
@@ -40,7 +41,7 @@ class _Helper:
             return None
         try:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="legion-copy")
+                self._pool = HelperThreads(1, thread_name_prefix="legion-copy")
             return self._pool.submit(ctypes.memmove, dst, src, nbytes)
         except RuntimeError:  # the interpreter is shutting down, or no thread can be started
             self._free.release()

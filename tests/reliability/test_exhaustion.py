@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
+from legion_shm import JobFailed, StartupError, Supervisor
 from tests import needs
-from tests.system.support import run_script
+from tests.reliability.support import do
+from tests.system.support import flow, run, run_script, spec
 
 pytestmark = needs.rlimits
 
@@ -152,3 +156,31 @@ print("files", sum("memfd:legion" in line for line in open("/proc/self/maps")))
 """,
     )
     assert out.split("\n")[:3] == ["ArenaFull", "ArenaFull", "files 0"]
+
+
+@pytest.mark.parametrize("zygote", ["auto", "off"])
+def test_a_worker_that_can_start_no_thread_says_so(tmp_path: Path, zygote: Literal["auto", "off"]) -> None:
+    """A stack that no address space has room for stands for a limit of threads, which does not bind root."""
+    (tmp_path / "sitecustomize.py").write_text("import threading; threading.stack_size(1 << 46)\n")
+    with Supervisor(restart_backoff_s=0.01, zygote=zygote) as legion:
+        own = spec(env={"PYTHONPATH": str(tmp_path)})
+        with pytest.raises(StartupError, match=r"control thread could not be started.*ulimit -u"):
+            legion.submit(flow("TestText"), spec=own).result(timeout=60)
+        assert run(legion, "TestPass", 5) == 5, "other workers are not affected"
+
+
+def test_a_worker_that_can_start_no_more_threads_goes_on_without() -> None:
+    with Supervisor() as legion:
+        code = "import threading; threading.stack_size(1 << 46)\n"
+        code += "try: threading.Thread(target=print).start()\nexcept RuntimeError as error: out = str(error)"
+        assert "can't start new thread" in do(legion, code).result(timeout=60)["output_1"]
+        large = do(legion, "out = value + 1", torch.ones(8 << 20)).result(timeout=60)["output_1"]
+        assert float(large.min()) == float(large.max()) == 2.0, "large copies are done by one thread"
+        start = "import threading; thread = threading.Thread(target=print); thread.start(); thread.join()"
+        with pytest.raises(JobFailed, match="can't start new thread"):
+            do(legion, start).result(timeout=60)
+        assert (
+            do(legion, f"import threading; threading.stack_size(0); {start}; out = 7").result(60)["output_1"]
+            == 7
+        )
+        assert len(legion.workers()) == 1

@@ -12,6 +12,7 @@ import torch
 
 from legion_shm import Result, Supervisor, WorkerSpec
 from legion_shm.supervisor import spawn
+from tests.reliability.support import do, hostile
 from tests.system.support import flow, only_worker, pid_of, spec, wait_for
 
 MIB = 1 << 20
@@ -191,6 +192,22 @@ def test_the_arena_holds_little_more_than_what_lives_in_it(legion: Supervisor) -
     assert float(last[-1]["output_1"][0]) == 29.0
     live = 4 * 16 * MIB  # two looked at, one made, one on its way back
     assert only_worker(legion).arena_bytes <= 1.25 * live
+
+
+def test_a_small_part_of_what_was_born_does_not_keep_the_whole(legion: Supervisor) -> None:
+    """The class of the node has run before, so its outputs are its own tensors and no copies of them."""
+    on = hostile()
+
+    def copies(part: str) -> int:
+        code = f"import torch; out = torch.full(({SIZE // 4},), 2.0){part}"
+        result = do(legion, code).result(timeout=60)
+        assert float(result["output_1"].min()) == float(result["output_1"].max()) == 2.0
+        return result.stats.copies
+
+    wait_for(lambda: copies("") == 0, "the whole left without a copy")
+    eighth = f"[: {SIZE // 32}]"
+    assert [copies(eighth), copies(""), copies(eighth)] == [1, 0, 1]
+    legion.stop_workers(on)
 
 
 def test_a_forked_child_of_a_node_keeps_its_hands_off(legion: Supervisor, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from legion_shm.helper_threads import HelperThreads
 from legion_shm.transport import copying
 from legion_shm.transport.copying import SPLIT_MIN_BYTES, Chooser, copy_memory
 from tests import needs
@@ -64,7 +66,7 @@ def test_without_a_helper_the_caller_copies_alone(monkeypatch: pytest.MonkeyPatc
 
     ended = copying._Helper()
     ended._cpus = 2
-    ended._pool = ThreadPoolExecutor(1)
+    ended._pool = HelperThreads(1)
     ended._pool.shutdown()
     monkeypatch.setattr(copying, "_helper", ended)
     assert copied(4 * SPLIT_MIN_BYTES)
@@ -132,3 +134,23 @@ def test_when_two_threads_become_the_faster_way_copies_are_shared_again() -> Non
     _chosen(chooser, {False: 1.0, True: 2.0}, 40)
     later = _chosen(chooser, {False: 1.0, True: 0.5}, 100)
     assert later[-40:].count(True) > 30
+
+
+def test_a_copy_that_found_no_thread_is_not_done_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was done alone by then, and its memory may be another's."""
+    helper = copying._Helper()
+    helper._cpus = 2
+    source, target = ctypes.create_string_buffer(b"stale", 8), ctypes.create_string_buffer(8)
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        assert helper.start(ctypes.addressof(target), ctypes.addressof(source), 8) is None
+    other = ctypes.create_string_buffer(8)
+    copying_ = helper.start(ctypes.addressof(other), ctypes.addressof(source), 8)
+    assert copying_ is not None
+    helper.finish(copying_)
+    assert other.value == b"stale"
+    assert target.value == b""

@@ -453,3 +453,30 @@ def test_a_workflow_that_is_refused_is_refused_each_time() -> None:
             cache.prepare({"1": {"class_type": "A", "inputs": {"x": ["2", 0]}}})
     with pytest.raises(InvalidWorkflow, match="is not a JSON value"):
         cache.prepare({"1": {"class_type": "A", "inputs": {"x": object()}}})
+
+
+def test_no_more_than_so_many_workflows_are_kept_and_the_oldest_goes_first() -> None:
+    cache = WorkflowCache(entries=3)
+    workflows = [{"1": {"class_type": f"Node{number}", "inputs": {}}} for number in range(5)]
+    first = [cache.prepare(workflow) for workflow in workflows]
+    assert len(cache._kept) == 3
+    again = [cache.prepare(workflow) for workflow in reversed(workflows[2:])]
+    assert all(one is other for one, other in zip(again, reversed(first[2:]), strict=True))
+    assert cache.prepare(workflows[0]) is not first[0]
+
+
+def test_a_huge_workflow_is_not_kept() -> None:
+    cache = WorkflowCache(max_bytes=1000)
+    text = "{" + " " * 2000 + '"1": {"class_type": "Node"}}'
+    for source in ({"1": {"class_type": "Node", "inputs": {"text": "x" * 2000}}}, text):
+        assert cache.prepare(source) is not cache.prepare(source)
+    assert not cache._kept
+
+
+def test_equal_texts_are_equal_whether_or_not_they_are_one_object() -> None:
+    cache, one = WorkflowCache(), "some text"
+
+    def workflow(first: str, second: str) -> dict[str, Any]:
+        return {"1": {"class_type": "Node", "inputs": {"a": first, "b": second}}}
+
+    assert cache.prepare(workflow(one, one)) is cache.prepare(workflow(one, one[:4] + one[4:]))
