@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import array
+import datetime as dt
+import enum
 import os
 import random
 import re
@@ -20,7 +22,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import msgpack
 import psutil
@@ -28,7 +32,10 @@ import torch
 
 from legion_shm.errors import ProtocolError, UnsupportedValue
 from legion_shm.transport.attachments import Attachments
-from legion_shm.transport.codec import decode, encode
+from legion_shm.transport.codec import ValueType, ValueTypes, decode, encode
+from legion_shm.transport.codec_builtins import Builtins
+from legion_shm.transport.codec_objects import Records
+from legion_shm.transport.codec_pickle import Pickled
 from legion_shm.transport.fdpass import SegmentReceiver, send_segment_fd
 from legion_shm.transport.frames import MESSAGES, decode_message, encode_message
 from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
@@ -51,6 +58,58 @@ def codec(data: bytes) -> None:
     store = FakeStore()
     block = store.reserve(4096)
     decode(data, (block.handle,) if data[-1:] > b"\x7f" else (), store)
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object = None
+
+
+class Mode(enum.Enum):
+    ON = 1
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class Box:
+    content: object
+    label: str = ""
+
+
+class Curve:
+    def __init__(self, points: object) -> None:
+        if not isinstance(points, list):
+            raise TypeError("points are a list")
+        self.points: list[Any] = points
+
+
+class Named:
+    def __init__(self, content: object = None) -> None:
+        self.content = content
+
+
+_NOT_LOADED = "wave"  # a module of the standard library that nobody here needs
+CLASS_NAMES = (
+    *(f"{__name__}.{name}" for name in ("Pair", "Mode", "Box", "Curve", "Named", "Path", "no_such_class")),
+    *(f"pickle:{__name__}.{name}" for name in ("Named", "Curve", "Box")),
+    *(f"lib:{name}" for name in ("datetime.date", "pathlib.PurePosixPath", "os.system", "decimal.Decimal")),
+    *("os.system", "subprocess.Popen", "builtins.eval", "builtins.object", "type", "sys.modules", "pickle:"),
+    *(f"{_NOT_LOADED}.Error", f"lib:{_NOT_LOADED}.Error", "torch.nn.modules.linear.Linear", "a.b.__class__"),
+    *("", ".", "..", "\0", "x" * 300, f"{__name__}.Box.__init__", f"{__name__}.Mode.ON"),
+)
+
+
+def _types() -> ValueTypes:
+    types = ValueTypes(ValueType(f"{__name__}.Curve", Curve, lambda curve: curve.points, Curve))
+    for source in (Builtins(), Records(), Pickled([f"{__name__}.Named"])):
+        types.add_source(source)
+    return types
+
+
+def classes(data: bytes) -> None:
+    """Objects by class names and codecs: what is not loaded stays so, whatever a peer names."""
+    decode(data, (), FakeStore(), types=_types())
+    assert _NOT_LOADED not in sys.modules
 
 
 def frames(data: bytes) -> None:
@@ -107,6 +166,7 @@ def descriptors(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "codec": codec,
+    "classes": classes,
     "frames": frames,
     "handles": handles,
 }
@@ -146,6 +206,15 @@ def seeds(target: str) -> list[bytes]:
             torch.ones(3).numpy(),
         )
         return kept + [encode(value, FakeStore(inline_max_bytes=4096)).tree for value in values]
+    if target == "classes":
+        objects: tuple[object, ...] = (
+            [Pair(1, Pair(2)), Mode.ON, Mode.OFF, Box({"a": [1]}, "b"), Curve([1.0]), Named([1, {2}])],
+            {Mode.ON: Box(Pair(1), "x"), Box(1): dt.date(2020, 1, 2), "p": PurePosixPath("/a")},
+            Named(Named(Box(Curve([Mode.OFF])))),
+        )
+        return kept + [
+            encode(value, FakeStore(inline_max_bytes=4096), types=_types()).tree for value in objects
+        ]
     if target == "frames":
         messages = (Heartbeat(1, 2, 3, "j"), LogRecord("INFO", "x", "text"), Released((_live,)))
         good = [encode_message(message, max_bytes=1 << 20) for message in messages]
@@ -186,6 +255,37 @@ def mutated(data: bytes, others: list[bytes], dice: random.Random) -> bytes:
     return bytes(spoiled[:INPUT_MAX])
 
 
+def renamed(data: bytes, others: list[bytes], dice: random.Random) -> bytes:
+    """Half of them spoiled as others are; in the other half items of the tree become others, names names."""
+    try:
+        tree: object = msgpack.unpackb(data, strict_map_key=False) if dice.randrange(2) else None
+    except Exception:  # what is no MessagePack is spoiled further
+        tree = None
+    places: list[tuple[list[Any], int]] = []
+    lists: list[object] = [tree]
+    while lists:
+        at = lists.pop()
+        if isinstance(at, list):
+            places += [(at, number) for number in range(len(at))]
+            lists += at
+    if not places:
+        return mutated(data, others, dice)
+    for _ in range(dice.choice((1, 1, 2, 4))):
+        holder, number = dice.choice(places)
+        if isinstance(holder[number], str):
+            holder[number] = dice.choice(CLASS_NAMES)
+        else:
+            other, there = dice.choice(places)
+            holder[number] = dice.choice((dice.choice(_EDGES), dice.randrange(32), other[there], None, []))
+    try:
+        return bytes(msgpack.packb(tree))[:INPUT_MAX]
+    except (ValueError, RecursionError):  # an item became its own part
+        return mutated(data, others, dice)
+
+
+SPOIL: dict[str, Callable[[bytes, list[bytes], random.Random], bytes]] = {"classes": renamed}
+
+
 def _peak_bytes() -> int:
     """The most memory that this process has had."""
     if sys.platform == "linux":
@@ -199,12 +299,12 @@ def _peak_bytes() -> int:
 def fuzz(target: str, *, seconds: float, seed: int, keep: bool = False) -> tuple[int, int]:
     """Inputs tried and different answers seen. The first input that breaks the invariant is raised."""
     dice = random.Random(seed)
-    grown = seeds(target)
+    grown, spoil = seeds(target), SPOIL.get(target, mutated)
     answers: set[str] = set()
     tried, until_s = 0, time.monotonic() + seconds
     before = _peak_bytes()
     while time.monotonic() < until_s:
-        data = grown[tried] if tried < len(grown) else mutated(dice.choice(grown), grown, dice)
+        data = grown[tried] if tried < len(grown) else spoil(dice.choice(grown), grown, dice)
         tried += 1
         try:
             told = answer(target, data)

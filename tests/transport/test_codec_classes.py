@@ -457,6 +457,18 @@ def test_an_entry_point_is_loaded_when_its_class_is_met_on_either_side(loaded: l
     assert loaded == [package, package]
 
 
+def test_an_entry_point_is_loaded_once_also_where_a_class_of_its_package_is_not_in_it(
+    loaded: list[str],
+) -> None:
+    package = __name__.partition(".")[0]
+    registry = plugins(loaded, **{package: lambda: CURVE})
+    assert crossed(Curve([1.0]), registry, registry).points == [1.0]
+    for _ in range(2):
+        with pytest.raises(UnsupportedValue, match="Odd has no codec"):
+            crossed(Odd(torch.ones(1)), registry)
+    assert loaded == [package]
+
+
 def test_an_entry_point_may_be_a_module_that_registers(loaded: list[str]) -> None:
     def module() -> Any:
         sender.register(CURVE)
@@ -530,6 +542,16 @@ def test_no_other_class_is_pickled_or_unpickled() -> None:
         crossed(Odd(torch.ones(1)), pickling("Sly"))
     with pytest.raises(UnsupportedValue, match="pickle_classes does not name"):
         crossed(Odd(torch.ones(1)), pickling("Odd"), pickling("Sly"))
+
+
+def test_a_pickle_under_a_name_that_is_not_named_is_not_even_read() -> None:
+    """Though what it holds is of a class that may be pickled."""
+    known = pickling("Odd").by_class(Odd)
+    assert known is not None
+    forger = fresh()
+    forger.register(ValueType(f"pickle:{__name__}.Sly", Odd, known.reduce, known.rebuild, hashable=False))
+    with pytest.raises(UnsupportedValue, match=r"pickle_classes does not name .*Sly"):
+        crossed(Odd(torch.ones(1)), forger, pickling("Odd"))
 
 
 def test_a_pickle_that_names_another_global_is_refused() -> None:
