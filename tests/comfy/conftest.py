@@ -6,8 +6,11 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from legion_shm import WorkerSpec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -47,3 +50,22 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> RealComfyUI:
     shutil.copy(Path(__file__).with_name("probe_pack.py"), base / "custom_nodes/legion_probe/__init__.py")
     (base / "custom_nodes/left_out/__init__.py").write_text('NODE_CLASS_MAPPINGS = {"LeftOut": object}\n')
     return RealComfyUI(path, Path(python), base)
+
+
+@pytest.fixture(scope="session")
+def spec(comfyui: RealComfyUI) -> WorkerSpec:
+    return WorkerSpec(
+        engine="comfy",
+        comfyui_path=str(comfyui.path),
+        python_executable=str(comfyui.python),
+        extra_args=tuple(comfyui.arguments),
+    )
+
+
+def chain(class_type: str) -> dict[str, Any]:
+    """The image that is given, through one node, and back."""
+    return {
+        "0": {"class_type": "LegionImporter", "inputs": {}},
+        "1": {"class_type": class_type, "inputs": {"image": ["0", 0]}},
+        "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
+    }

@@ -108,6 +108,32 @@ class ProbeCrash(_Probe):
         return (image,)
 
 
+class ProbeEatMemory(_Probe):
+    """Wants a gigabyte while its process may have no more than 64 MB more than it has."""
+
+    def run(self, image: Any) -> tuple[Any]:
+        import resource
+
+        import torch
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            has = int(file.read().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (has + (64 << 20), hard))
+        try:
+            return (torch.ones(1 << 28) + image.sum(),)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+class ProbeKilled(_Probe):
+    """As the kernel's OOM killer does it."""
+
+    def run(self, image: Any) -> tuple[Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return (image,)
+
+
 class ProbeHoldGil(_Probe):
     """Sleeps in C for a minute without giving up the interpreter's lock."""
 
@@ -165,10 +191,12 @@ NODE_CLASS_MAPPINGS = {
         ProbeBlock,
         ProbeCount,
         ProbeCrash,
+        ProbeEatMemory,
         ProbeExit,
         ProbeExpand,
         ProbeFail,
         ProbeHoldGil,
+        ProbeKilled,
         ProbeLazy,
         ProbeOwnProgress,
         ProbeSampler,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from legion_shm import Job, Supervisor, WorkerLost, WorkerSpec
-from tests.comfy.conftest import RealComfyUI
+from legion_shm import Job, JobFailed, Supervisor, WorkerLost, WorkerSpec
+from tests.comfy.conftest import RealComfyUI, chain
 from tests.system.support import gone, node_started, pid_of, script_env, wait_for
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.timeout(300)]
@@ -23,27 +23,9 @@ _WAIT_S = 150
 
 
 @pytest.fixture(scope="module")
-def spec(comfyui: RealComfyUI) -> WorkerSpec:
-    return WorkerSpec(
-        engine="comfy",
-        comfyui_path=str(comfyui.path),
-        python_executable=str(comfyui.python),
-        extra_args=tuple(comfyui.arguments),
-    )
-
-
-@pytest.fixture(scope="module")
 def legion() -> Iterator[Supervisor]:
     with Supervisor(restart_backoff_s=0.01, heartbeat_timeout_s=5.0) as supervisor:
         yield supervisor
-
-
-def chain(class_type: str) -> dict[str, Any]:
-    return {
-        "0": {"class_type": "LegionImporter", "inputs": {}},
-        "1": {"class_type": class_type, "inputs": {"image": ["0", 0]}},
-        "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
-    }
 
 
 def submit(legion: Supervisor, spec: WorkerSpec, class_type: str, **options: Any) -> Job:
@@ -78,6 +60,26 @@ def test_a_comfyui_that_crashes_names_the_cause(legion: Supervisor, spec: Worker
     with pytest.raises(WorkerLost, match="SIGSEGV") as caught:
         submit(legion, spec, "ProbeCrash").result(timeout=_WAIT_S)
     assert any("Fatal Python error" in line for line in caught.value.log_tail)
+
+
+def test_a_comfyui_whose_node_is_out_of_memory_fails_that_job_and_is_kept(
+    legion: Supervisor, spec: WorkerSpec
+) -> None:
+    works(legion, spec)
+    (worker,) = legion.workers()
+    with pytest.raises(JobFailed, match="can't allocate memory") as caught:
+        submit(legion, spec, "ProbeEatMemory").result(timeout=_WAIT_S)
+    assert (caught.value.node_id, caught.value.class_type) == ("1", "ProbeEatMemory")
+    works(legion, spec)
+    assert [info.id for info in legion.workers()] == [worker.id]
+
+
+def test_a_comfyui_that_the_system_kills_for_memory_names_that_cause(
+    legion: Supervisor, spec: WorkerSpec
+) -> None:
+    with pytest.raises(WorkerLost, match="out of memory"):
+        submit(legion, spec, "ProbeKilled").result(timeout=_WAIT_S)
+    works(legion, spec)
 
 
 def test_a_comfyui_whose_node_holds_the_interpreters_lock_is_found_hung(

@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from legion_shm import (
     Supervisor,
     WorkerSpec,
 )
-from tests.comfy.conftest import RealComfyUI
+from tests.comfy.conftest import RealComfyUI, chain
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.timeout(300)]
 
@@ -31,27 +30,9 @@ _WAIT_S = 120
 
 
 @pytest.fixture(scope="module")
-def spec(comfyui: RealComfyUI) -> WorkerSpec:
-    return WorkerSpec(
-        engine="comfy",
-        comfyui_path=str(comfyui.path),
-        python_executable=str(comfyui.python),
-        extra_args=tuple(comfyui.arguments),
-    )
-
-
-@pytest.fixture(scope="module")
 def legion() -> Iterator[Supervisor]:
     with Supervisor() as supervisor:
         yield supervisor
-
-
-def chain(class_type: str) -> dict[str, Any]:
-    return {
-        "0": {"class_type": "LegionImporter", "inputs": {}},
-        "1": {"class_type": class_type, "inputs": {"image": ["0", 0]}},
-        "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
-    }
 
 
 def test_an_image_goes_through_comfyui_and_comes_back(legion: Supervisor, spec: WorkerSpec) -> None:
