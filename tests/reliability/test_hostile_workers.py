@@ -90,6 +90,22 @@ time.sleep(10)
     assert float(fill(legion, 2.0)[0]) == 2.0
 
 
+def test_a_worker_that_asks_for_more_than_its_quota_does_not_get_it() -> None:
+    """Its own arena asks for no more than that; what it says all the same is for the supervisor to refuse."""
+    quota = 8 << 20
+    code = f"""
+import time
+for _ in range(12):
+    send_raw(wire(SegmentRequest({quota // 4})))
+    time.sleep(0.1)
+"""
+    with Supervisor(arena_quota_bytes=quota) as legion:
+        job, most = do(legion, code), 0
+        while not job.done():
+            most = max(most, *(worker.arena_bytes for worker in legion.workers()), 0)
+        assert quota // 2 <= most <= quota
+
+
 @needs.fork
 @pytest.mark.parametrize("end", ["out = 'child'", "raise SystemExit(0)", "raise ValueError('child')"])
 def test_a_child_that_a_node_forked_does_not_become_a_second_worker(legion: Supervisor, end: str) -> None:

@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from legion_shm import Supervisor, WorkerInfo, WorkerLost, WorkerSpec
+from legion_shm.supervisor import processes
+from legion_shm.supervisor import zygote as zygote_module
 from tests import needs
 from tests.system.support import flow, gone, node_started, pid_of, run, spec, wait_for
 
@@ -142,6 +144,25 @@ def test_how_a_forked_worker_ended_is_told(legion: Supervisor, name: str) -> Non
     with pytest.raises(WorkerLost, match="exited with code 7") as caught:
         legion.submit(flow("TestExit", code=7), spec=spec()).result(timeout=30)
     assert caught.value.exit_code == 7
+
+
+def test_the_word_on_how_a_fork_ended_is_heard_when_it_comes(
+    legion: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is seen while the zygote is stopped; then what the zygote says wakes the loop, and no look."""
+    monkeypatch.setattr(processes, "_STATUS_LOOK_S", 60.0)
+    monkeypatch.setattr(zygote_module, "_STATUS_WAIT_S", 60.0)
+    pid = pid_of(idle_after_a_job(legion))
+    (held,) = legion._loop._processes
+    zygote = zygote_of(pid)
+    zygote.suspend()
+    try:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: held.status_awaited, "its end was seen")
+        assert pid in {worker.pid for worker in legion.workers()}
+    finally:
+        zygote.resume()
+    wait_for(lambda: pid not in {worker.pid for worker in legion.workers()}, "it is gone", within_s=10)
 
 
 def test_workers_go_on_without_their_zygote_and_the_next_start_makes_another(legion: Supervisor) -> None:
