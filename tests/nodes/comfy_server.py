@@ -25,7 +25,7 @@ PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 
 # Nodes for the master and its workers alike: a source of known bits, one that writes them down, and more.
 PROBE_PACK = '''
-import time
+import os, threading, time
 import numpy, torch
 import comfy.model_management, comfy.utils
 
@@ -105,7 +105,45 @@ class ProbeFail:
         raise RuntimeError("the probe failed on purpose")
 
 
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (ProbeSource, ProbeWrite, ProbeSlow, ProbeFail)}
+class Session:
+    """What can't leave its process."""
+
+    def __init__(self):
+        self.lock, self.runs = threading.Lock(), 0
+
+
+class ProbeLive:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("SESSION",), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {"default": ""})}}
+
+    def run(self, name):
+        return (Session(),)
+
+
+class ProbeUse:
+    """How often it ran on this very object, in which process."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("*",), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"session": ("*", {"forceInput": True}), "number": ("INT", {"default": 0})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, session, number):
+        with session.lock:
+            session.runs += 1
+            return (torch.tensor([session.runs, os.getpid()]),)
+
+
+CLASSES = (ProbeSource, ProbeWrite, ProbeSlow, ProbeFail, ProbeLive, ProbeUse)
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in CLASSES}
 '''
 
 

@@ -148,6 +148,62 @@ def test_an_edited_workflow_file_runs_again_and_an_unchanged_one_comes_from_the_
     assert np.array_equal(np.load(tmp_path / "out.npy"), 1.0 - first)
 
 
+def live_flow(tmp: Path, number: int) -> dict[str, Any]:
+    """An object that one Master's worker made and nothing can carry, over a wire into another Master."""
+    use = {
+        "0": node("LegionImporter"),
+        "1": node("ProbeUse", session=["0", 0], number=number),
+        "2": node("LegionExporter", input_1=["1", 0]),
+    }
+    make = {"1": node("ProbeLive", name="one"), "2": node("LegionExporter", input_1=["1", 0])}
+    return {
+        "config": node("LegionConfig", config_yaml=yaml()),
+        "make": node("LegionMaster", legion_config=["config", 0], workflow_text=text(make)),
+        "use": node(
+            "LegionMaster3", legion_config=["config", 0], input_1=["make", 1], workflow_text=text(use)
+        ),
+        "write": node("ProbeWrite", value=["use", 1], path=str(tmp / "out.npy")),
+    }
+
+
+def test_what_only_lives_in_a_worker_is_a_wire_to_the_next_master_which_gets_the_object_itself(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    comfy.run(live_flow(tmp_path, number=1))
+    runs, process = np.load(tmp_path / "out.npy")
+    assert runs == 1
+    assert process in [worker.pid for worker in comfy.workers()]
+    entry = comfy.run(prompt := live_flow(tmp_path, number=2))  # the first Master comes from the cache
+    assert "make" not in comfy.executed(entry, prompt)
+    assert np.load(tmp_path / "out.npy").tolist() == [2, process]
+
+
+def test_a_node_that_can_not_use_what_lives_in_a_worker_fails_and_is_told_where_that_is(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    prompt = live_flow(tmp_path, number=3)
+    prompt["use"] = node("ProbeUse", session=["make", 1], number=3)
+    prompt["write"]["inputs"]["value"] = ["use", 0]
+    error = comfy.fail(prompt)
+    assert error["node_id"] == "use"
+    assert "Session lives in worker" in error["exception_message"]
+    assert "pass it to a job of the same worker" in error["exception_message"]
+
+
+def test_what_only_lives_in_the_master_is_refused_with_its_input_and_what_to_register(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    prompt = live_flow(tmp_path, number=4)
+    prompt["make"] = node("ProbeLive", name="two")
+    prompt["use"]["inputs"]["input_1"] = ["make", 0]
+    error = comfy.fail(prompt)
+    assert error["node_id"] == "use"
+    assert "UnsupportedValue" in error["exception_type"]
+    assert "input_1" in error["exception_message"]
+    assert "Session has no codec" in error["exception_message"]
+    assert "legion_shm.register_codec" in error["exception_message"]
+
+
 def test_a_broken_workers_workflow_is_an_error_on_the_master_and_the_next_run_works(
     comfy: ComfyServer, tmp_path: Path
 ) -> None:
