@@ -92,7 +92,8 @@ def encode(
 ) -> EncodedValue:
     """Encode a value; its private bytes are copied once, those in blocks already not at all.
 
-    ``fresh`` is the same for all values of one message, so that what two of them share is copied once. With
+    ``fresh`` is the same for all values of one message, so that what two of them share is copied once, and
+    is one object on the other side. With
     ``hold_copied`` the result's ``keepalive`` has what was copied too: giving memory back takes time.
     Raises `UnsupportedValue` with a path that starts with ``path``, before any block is reserved, and
     what ``store.reserve`` raises (`ArenaFull`), after all that was reserved has been discarded.
@@ -104,6 +105,8 @@ def encode(
         devices=devices,
         types=types,
     )
+    if fresh is not None:
+        planner.elsewhere = fresh.objects
     try:
         planner.node(value, 0)
         planner.finish()
@@ -119,6 +122,8 @@ def encode(
     except BaseException:
         discard_all(written, store)
         raise
+    if fresh is not None:
+        fresh.note_objects(*planner.objects())
     return EncodedValue(
         tree=tree,
         blocks=tuple(written.blocks),
@@ -126,6 +131,7 @@ def encode(
         stats=written.stats(planner.tensors),
         keepalive=tuple(written.referenced + written.copied if hold_copied else written.referenced),
         noted=tuple(planner.noted),
+        uses=tuple(sorted(planner.uses)),
     )
 
 
@@ -138,8 +144,12 @@ def decode(
     limits: DecodeLimits = _LIMITS,
     devices: DevicePolicy = _DEVICES,
     types: ValueTypes = VALUE_TYPES,
+    earlier: list[Reader] | None = None,
 ) -> object:
     """The value that `encode` encoded. Its tensors and arrays are writable views of the blocks.
+
+    ``earlier`` is the same list for all values of one message, in their order, if they were encoded with one
+    ``fresh``.
 
     Each block is viewed exactly once, first of all, so that its lease ends whatever the tree holds.
     Raises `ProtocolError` (`InvalidHandle`, `StaleHandle`) for anything that `encode` doesn't write,
@@ -147,7 +157,7 @@ def decode(
     ``devices`` allows the CPU.
     """
     try:
-        return _decode(tree, blocks, store, path, limits, devices, types)
+        return _decode(tree, blocks, store, path, limits, devices, types, earlier)
     except (ProtocolError, UnsupportedValue) as error:
         _forget_frames(error)
         raise
@@ -161,18 +171,24 @@ def _decode(
     limits: DecodeLimits,
     devices: DevicePolicy,
     types: ValueTypes,
+    earlier: list[Reader] | None,
 ) -> object:
     if len(blocks) > limits.max_tensors or len(set(blocks)) != len(blocks):
         raise ProtocolError(f"a value over {len(blocks)} blocks: too many, or one of them twice")
     views = [store.view(handle) for handle in blocks]
     tokens = unpack_tree(tree, max_tokens=limits.max_items + limits.max_tensors + 2)
     try:
-        return Reader(tokens, blocks, views, limits=limits, devices=devices, types=types).read()
+        reader = Reader(tokens, blocks, views, limits=limits, devices=devices, types=types)
+        reader.earlier = earlier or ()
+        value = reader.read()
     except Refusal as refusal:
         where = refusal.path(path)
         raise UnsupportedValue(f"{where}: {refusal.reason}", path=where) from None
     except RecursionError as error:
         raise ProtocolError("a value nested too deep for this thread's stack") from error
+    if earlier is not None:
+        earlier.append(reader)
+    return value
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -59,11 +60,23 @@ def discard_all(written: Written, store: BlockStore) -> None:
 
 
 class Fresh:
-    """What values of one message have copied so far: the next of them refers to it."""
+    """What values of one message have copied so far, and which objects were in them: the next refers to it.
+
+    ``objects`` has, by identity, the number of the value that an object came in, and its number there.
+    """
 
     def __init__(self) -> None:
         self._spans: list[tuple[int, int, BlockHandle, int, object]] = []
         self.handles: set[BlockHandle] = set()
+        self.objects: dict[int, tuple[int, int]] = {}
+        self._alive: list[object] = []
+        self._values = 0
+
+    def note_objects(self, numbers: Mapping[int, int], alive: object) -> None:
+        """One more value is encoded: the numbers of its objects, which ``alive`` keeps from being others."""
+        self.objects.update((known, (self._values, number)) for known, number in numbers.items())
+        self._alive.append(alive)
+        self._values += 1
 
     def note(self, low: int, nbytes: int, handle: BlockHandle, offset: int, source: object) -> None:
         self._spans.append((low, low + nbytes, handle, offset, source))

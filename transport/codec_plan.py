@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from legion_shm.errors import LegionError
@@ -43,6 +43,7 @@ class Planner:
         "_max_depth",
         "_seen",
         "devices",
+        "elsewhere",
         "finished",
         "inline_max_bytes",
         "limits",
@@ -52,6 +53,7 @@ class Planner:
         "tokens",
         "transfers",
         "types",
+        "uses",
     )
 
     def __init__(
@@ -76,6 +78,8 @@ class Planner:
         self._alive: list[object] = []
         self.finished = 0
         self.noted: list[object] = []
+        self.elsewhere: Mapping[int, tuple[int, int]] = {}
+        self.uses: set[int] = set()
 
     def node(self, value: object, depth: int, hashed: bool = False) -> None:
         kind = type(value)
@@ -109,6 +113,11 @@ class Planner:
         """The same for what has an identity and holds no items."""
         index = self._seen.get(id(value))
         if index is None:
+            elsewhere = self.elsewhere.get(id(value)) if self.elsewhere else None
+            if elsewhere is not None:
+                self.uses.add(elsewhere[0])
+                self.tokens.append([wire.ELSEWHERE, *elsewhere])
+                return False
             self._seen[id(value)] = _UNFINISHED
             self._alive.append(value)
             return True
@@ -121,6 +130,10 @@ class Planner:
         """What `begin` or `begin_leaf` started by identity is complete."""
         self._seen[id(value)] = self.finished
         self.finished += 1
+
+    def objects(self) -> tuple[Mapping[int, int], object]:
+        """The numbers of the value's objects by their identities, and what keeps those alive."""
+        return self._seen, self._alive
 
     def hold(self, value: object) -> None:
         """Keep a temporary alive, so that its identity is its own."""

@@ -42,6 +42,7 @@ class Reader:
         "_views",
         "cache",
         "devices",
+        "earlier",
         "limits",
         "types",
     )
@@ -60,6 +61,7 @@ class Reader:
         self.devices = devices
         self.types = types
         self.cache: dict[Any, Any] = {}
+        self.earlier: Sequence[Reader] = ()
         self._blocks = blocks
         self._views = views
         self._used = [False] * len(blocks)
@@ -181,8 +183,7 @@ class Reader:
         self._used[block] = True
         return self._views[block], offset, nbytes
 
-    def reference(self, token: Token, hashed: bool) -> Any:
-        (index,) = fields(token, 1)
+    def reference(self, index: Any, hashed: bool) -> Any:
         if type(index) is not int or not 0 <= index < len(self._objects):
             raise ProtocolError(f"a reference to object {index!r:.40}, which is none")
         value = self._objects[index]
@@ -280,7 +281,15 @@ def _read_set(reader: Reader, token: Token, depth: int, hashed: bool) -> Any:
 
 
 def _read_reference(reader: Reader, token: Token, _depth: int, hashed: bool) -> Any:
-    return reader.reference(token, hashed)
+    (index,) = fields(token, 1)
+    return reader.reference(index, hashed)
+
+
+def _read_elsewhere(reader: Reader, token: Token, _depth: int, hashed: bool) -> Any:
+    number, index = fields(token, 2)
+    if type(number) is not int or not 0 <= number < len(reader.earlier):
+        raise ProtocolError(f"a reference to value {number!r:.40} of a message, which is none")
+    return reader.earlier[number].reference(index, hashed)
 
 
 def _read_int(_reader: Reader, token: Token, _depth: int, _hashed: bool) -> int:
@@ -386,4 +395,5 @@ _HANDLERS: dict[int, ReadHandler] = {
     wire.BYTEARRAY: _read_payload,
     wire.STR: _read_payload,
     wire.EXTENSION: _read_extension,
+    wire.ELSEWHERE: _read_elsewhere,
 }

@@ -86,7 +86,8 @@ class EncodedValue:
 
     ``owned[i]`` is True where this encode reserved the block, False where it exists already and is
     only referred to. ``keepalive`` is to be held until the leases on the blocks are registered. ``noted``
-    are the instances in it of classes whose `ValueType` is ``noted``.
+    are the instances in it of classes whose `ValueType` is ``noted``. ``uses`` are the numbers of earlier
+    values of the same message with which it shares objects: it can be decoded only after them.
     """
 
     tree: bytes
@@ -95,6 +96,7 @@ class EncodedValue:
     stats: TransferStats
     keepalive: tuple[object, ...] = field(default=(), repr=False, compare=False)
     noted: tuple[object, ...] = field(default=(), repr=False, compare=False)
+    uses: tuple[int, ...] = ()
 
     def discard(self, store: BlockStore) -> None:
         """Give back the blocks that were reserved for this value, when it won't be sent after all."""

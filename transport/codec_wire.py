@@ -53,6 +53,7 @@ BYTES: Final = 12
 BYTEARRAY: Final = 13
 STR: Final = 14
 EXTENSION: Final = 15
+ELSEWHERE: Final = 16
 TENSOR: Final = 20
 SPARSE: Final = 21
 SIZE: Final = 22

@@ -7,7 +7,8 @@ decoder did not look at. It registers no lease and sends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from legion_shm.transport.codec import (
     encode,
     value_identity,
 )
+from legion_shm.transport.codec_read import Reader
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import ValueNote, Values
 from legion_shm.transport.residence import Placing, residing
@@ -87,6 +89,8 @@ def pack(
                 identity = None
                 if fresh is None or fresh.handles.isdisjoint(encoded.blocks):
                     identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
+                    if identity is not None and encoded.uses:
+                        identity = _with_uses(identity, [notes[number][4] for number in encoded.uses])
                 numbers = _numbers(figures)
                 notes.append((name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers))
     except BaseException:
@@ -102,6 +106,13 @@ def discard(values: Values, store: BlockStore) -> None:
         for handle, new in zip(blocks, owned, strict=True):
             if new:
                 store.discard(handle)
+
+
+def _with_uses(identity: bytes, used: Sequence[bytes | None]) -> bytes | None:
+    """The identity of a value that holds objects of others: theirs count too."""
+    if None in used:
+        return None
+    return hashlib.blake2b(b"".join((identity, *filter(None, used))), digest_size=len(identity)).digest()
 
 
 def _with_placed(stats: TransferStats, placing: Placing) -> TransferStats:
@@ -161,12 +172,15 @@ def unpack(
     devices = DevicePolicy(allow_cpu=allow_cpu)
     result: dict[str, object] = {}
     pending = [handle for _, _, blocks, _, _, _ in values for handle in blocks]
+    earlier: list[Reader] | None = [] if len(values) > 1 else None
     try:
         with residing(store):
             for name, tree, blocks, _, _, _ in values:
                 viewed = _Viewed(store)
                 try:
-                    result[name] = decode(tree, blocks, viewed, devices=devices, path=name, types=types)
+                    result[name] = decode(
+                        tree, blocks, viewed, devices=devices, path=name, types=types, earlier=earlier
+                    )
                 except (OSError, MemoryError) as error:
                     if isinstance(error, LegionError):
                         raise

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -91,3 +92,25 @@ def test_generated_values_go_through_a_worker_and_come_back_the_same() -> None:
                     assert sent == back
 
         check()
+
+
+TWO_CHANNELS = {
+    "in": {"class_type": "LegionImporter", "inputs": {}},
+    "out": {"class_type": "LegionExporter", "inputs": {"input_1": ["in", 0], "input_2": ["in", 1]}},
+}
+
+
+def test_what_two_channels_share_is_one_object_in_the_worker_and_in_the_results() -> None:
+    image, names = torch.rand(1, 64, 64, 3), ["a", "b"]
+    with Supervisor() as legion:
+
+        def sent(first: Any, second: Any) -> Any:
+            return legion.submit(TWO_CHANNELS, inputs=[first, second], spec=SPEC).result(timeout=60)
+
+        got = sent(image, [image, names])
+        assert got["output_2"][0] is got["output_1"]
+        assert torch.equal(got["output_1"], image)
+        again = sent(got["output_1"], got["output_2"])  # a worker's output, back to it by handle
+        assert again["output_2"][0] is again["output_1"]
+        apart = sent(image, [image.clone(), names])
+        assert apart["output_2"][0] is not apart["output_1"]
