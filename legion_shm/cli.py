@@ -1,9 +1,10 @@
-"""The command line: `legion run`, `legion doctor`, `legion demo`, `legion bench`.
+"""The command line: `legion run`, `legion launch`, `legion doctor`, `legion demo`, `legion bench`.
 
 Owns options, exit codes and signals. What a command does is in modules that load when it runs, so that
 `legion --help` answers at once.
 
 Exit codes: 0 done, 1 the job (or a check) failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated.
+Those of `legion launch` are the launched program's own; 126 and 127 where that can't be executed or found.
 """
 
 from __future__ import annotations
@@ -177,6 +178,34 @@ def _run(timeout: float | None, **given: Any) -> int:
     Its LegionImporter, LegionInput, LegionExporter and LegionOutput nodes are where values enter and leave.
     """
     return run_workflow(RunOptions(timeout_s=timeout, **given))
+
+
+_LAUNCH_EPILOG = """\b
+Examples:
+  legion launch -- python main.py --listen
+  legion launch -- ./run.sh
+
+The program is executed in place of this command: same process, signals, exit code, standard input.
+"""
+
+
+@_legion.command(
+    "launch",
+    epilog=_LAUNCH_EPILOG,
+    short_help="Start a program whose tensors go to workers without a copy.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARGS]...")
+def _launch(command: tuple[str, ...]) -> int:
+    """Start PROGRAM so that the large tensors it makes lie in shared memory from the start.
+
+    The supervisor in it (of ComfyUI with the Legion nodes, or of your own script) then sends them to its
+    workers by handle alone. A program without a supervisor runs as it always does. Needs Linux with glibc;
+    what does not fit, or was not made by torch on the CPU, is copied once, as it is without this command.
+    """
+    from legion_shm.cli_launch import launch
+
+    return launch(command)
 
 
 @_legion.command("doctor", short_help="Say what this machine offers and what will be used.")

@@ -19,7 +19,10 @@ Command = Callable[[float], None]
 
 
 class Commands:
-    """``post`` is for any thread; the rest for the loop's. ``wake_fd`` is readable when something waits."""
+    """``post`` and ``leave`` are for any thread, the rest for the loop's.
+
+    ``wake_fd`` is readable when something waits.
+    """
 
     def __init__(self, too_late: Callable[[Command], None]) -> None:
         self._too_late = too_late
@@ -44,6 +47,10 @@ class Commands:
                 self._wake.set()
                 return
         self._drop()
+
+    def leave(self, command: Command) -> None:
+        """Have ``command(now)`` called before whatever is posted next; nobody is woken for it."""
+        self._queue.append(command)
 
     def carry_out(self, now: Callable[[], float], *, woken: bool) -> None:
         """Call every command that waits now; what comes meanwhile has written a wake-up for the next call."""

@@ -338,7 +338,10 @@ class Lending:
         for handle in own:
             memory.free(handle)
         if own:
-            self._idle_since_s = None if memory.stats().blocks else now
+            self._idle_since_s = None if memory.in_use() else now
+        if memory.wants_room:
+            with contextlib.suppress(RuntimeError):
+                self._helpers.submit(memory.make_room)
         if self.table.has_freed and self._flush_at_s is None:
             self._flush_at_s = now + self._settings.lease_flush_s
         if self._flush_at_s is not None and now >= self._flush_at_s:
@@ -353,7 +356,15 @@ class Lending:
         if self._idle_since_s is not None and now >= self._idle_since_s + self._settings.idle_trim_s:
             self._idle_since_s = None
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-                self._helpers.submit(memory.trim)
+                self._helpers.submit(self._trim)
+
+    def _trim(self) -> None:
+        if self._memory.trim():
+            self._post(self._look_again)
+
+    def _look_again(self, now: float) -> None:
+        if self._idle_since_s is None and not self._memory.in_use():
+            self._idle_since_s = now
 
 
 def _holder(job: str) -> str:

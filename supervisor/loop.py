@@ -203,7 +203,7 @@ class Loop:
         self.post(lambda now: self._lending.own_segments_retired(segments))
 
     def _resident(self, handle: BlockHandle) -> None:
-        self.post(lambda now: self._lending.resident(handle))
+        self._commands.leave(lambda now: self._lending.resident(handle))  # a job that needs it comes after
 
     def _remotes_dropped(self, worker: str, numbers: tuple[int, ...]) -> None:
         self.post(partial(self._drop_remotes, worker, numbers))

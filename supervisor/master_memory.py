@@ -20,6 +20,7 @@ from legion_shm.ids import new_arena_id
 from legion_shm.supervisor.comfy_loaders import watch_loaders
 from legion_shm.supervisor.comfy_source import install_comfy_models
 from legion_shm.supervisor.comfy_values import install_comfy_values
+from legion_shm.supervisor.master_born import MasterBorn
 from legion_shm.supervisor.remote import delivered_types, sending_types
 from legion_shm.supervisor.result import Delivery
 from legion_shm.transport.arena import Arena, ArenaStats, Block
@@ -86,6 +87,16 @@ class MasterMemory:
             full_wait_s=full_wait_s,
             shrink=lambda segment_id: self._retire((segment_id,)),
         )
+        self._born = (
+            MasterBorn.claim(
+                quota_bytes=quota_bytes,
+                handle_for=self._arena.handle_for,
+                grow=self._grow_born,
+                resident=resident,
+            )
+            if kind == "memfd"
+            else None
+        )
 
     # --- the BlockStore that the codec sees ---------------------------------------------------------
 
@@ -93,12 +104,19 @@ class MasterMemory:
         found = self._attachments.find(address, nbytes)
         if found is not None and found[0].arena == self.arena_id and not self._arena.isolate(found[0]):
             return None  # its owner's later writes could be seen, so a copy goes
+        if found is None and self._born is not None:
+            return self._born.find(address, nbytes)
         return found
 
     def adopt(self, address: int, nbytes: int) -> None:
         return None
 
     def reserve(self, nbytes: int) -> Block:
+        if self._born is not None and self._born.total_bytes:
+            stats = self._arena.stats()
+            room = self._arena.quota_bytes - self._arena.elsewhere_bytes - stats.live_bytes
+            if room < nbytes:
+                self._retire_born()  # copies need it
         return self._arena.reserve(nbytes)
 
     def discard(self, handle: BlockHandle) -> None:
@@ -183,16 +201,24 @@ class MasterMemory:
     def drain_released(self) -> list[BlockHandle]:
         """The supervisor's own deliveries that have ended, one entry each; large ones a turn later."""
         released = self._attachments.drain_released(quick=True)
+        if self._born is not None:
+            released.extend(self._born.ended())
         while self._returned:
             released.append(self._returned.popleft())
         return released
 
     def live_views(self) -> int:
-        return self._attachments.live_views() + self._attachments.undrained() + len(self._returned)
+        views = self._attachments.live_views() + self._attachments.undrained() + len(self._returned)
+        return views if self._born is None else views + self._born.owned
 
     def free(self, handle: BlockHandle) -> None:
         """A block of the own arena whose last lease has ended."""
-        self._arena.free(handle)
+        if self._born is None or not self._born.free(handle):
+            self._arena.free(handle)
+
+    def in_use(self) -> bool:
+        """Whether any block of the own arena may be looked at by somebody."""
+        return bool(self._arena.stats().blocks or (self._born is not None and self._born.published))
 
     def stats(self) -> ArenaStats:
         return self._arena.stats()
@@ -246,11 +272,36 @@ class MasterMemory:
         self.drop(self.arena_id, segment_ids)
         self._segments_retired(self.arena_id, segment_ids)
 
-    def trim(self) -> None:
-        """Give the own arena's wholly free segments back to the system."""
+    def trim(self) -> bool:
+        """Give the own arena's wholly free segments back to the system. Whether it should be tried again."""
         retired = tuple(self._arena.trim())
         if retired:
             self._retire(retired)
+        self._retire_born()
+        return self._born is not None and self._born.total_bytes > 0
+
+    @property
+    def wants_room(self) -> bool:
+        """Whether tensors of this program were copied that could have been born in the arena."""
+        return self._born is not None and self._born.wants_room
+
+    def make_room(self) -> None:
+        """Make room for tensors to be born in. Takes as long as a segment takes to make."""
+        if self._born is not None and self._born.make_room():
+            self._arena.elsewhere_bytes = self._born.total_bytes
+
+    def _grow_born(self, nbytes: int) -> tuple[int, Segment]:
+        retired = tuple(self._arena.trim())  # what was copied there before is to be born from now on
+        if retired:
+            self._retire(retired)
+        return self._grow(nbytes)
+
+    def _retire_born(self) -> None:
+        if self._born is not None:
+            retired = self._born.retire()
+            if retired:
+                self._retire(retired)
+            self._arena.elsewhere_bytes = self._born.total_bytes
 
     def close(self) -> None:
         """Close every descriptor. Delivered values stay valid for as long as they are referred to."""
@@ -259,6 +310,8 @@ class MasterMemory:
                 delivery.settle()
             except Exception:  # it is that result's own end, and its reader is told
                 _log.exception("a result could not be decoded while the supervisor closed")
+        if self._born is not None:
+            self._born.close()
         with self._lock:
             self._closed = True
             self._segments.clear()

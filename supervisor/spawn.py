@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from legion_shm.errors import StartupError
 from legion_shm.supervisor.facilities import exit_descriptor
 from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
-from legion_shm.supervisor.worker_env import with_preload, with_tunables
+from legion_shm.supervisor.worker_env import with_preload, with_tunables, without_launch
 from legion_shm.transport.born_build import library_path, preload_problem
 from legion_shm.transport.channel import Endpoint
 
@@ -369,6 +369,7 @@ def environment_with(env: Mapping[str, str]) -> dict[str, str]:
 def worker_environment(env: Mapping[str, str], preload: str = "") -> dict[str, str]:
     """All that a worker with ``env`` in its spec is executed with; ``preload`` as `preload_for` gives it."""
     own = with_tunables(environment_with(env))
+    without_launch(own)
     return with_preload(own, preload) if preload else own
 
 

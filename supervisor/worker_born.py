@@ -17,16 +17,16 @@ from legion_shm.transport.dirty import may_be_written
 from legion_shm.transport.handles import BlockHandle, round_up
 from legion_shm.transport.segment import Segment
 
-__all__ = ["BORN_MIN_BYTES", "BornBlocks"]
+__all__ = ["BORN_MIN_BYTES", "QUOTA_DIVISOR", "RESERVED_BYTES", "WHOLE_DIVISOR", "BornBlocks"]
 
 BORN_MIN_BYTES = 1 << 20
 """Smaller tensors are copied within 0.1 ms, and there are many of them."""
 
 _SEGMENT_STEP_BYTES = 2 << 20
-_RESERVED_BYTES = 1 << 40  # addresses only: regions come and go, and leave gaps
-_QUOTA_DIVISOR = 4  # of the arena's quota, so that there is always room for copies
+RESERVED_BYTES = 1 << 40  # addresses only: regions come and go, and leave gaps
+QUOTA_DIVISOR = 4  # of the arena's quota, so that there is always room for copies
 _GROWTH_DIVISOR = 4
-_WHOLE_DIVISOR = 4  # a view of less than a quarter of its block is copied, and does not keep the whole of it
+WHOLE_DIVISOR = 4  # a view of less than a quarter of its block is copied, and does not keep the whole of it
 
 
 class BornBlocks:
@@ -41,12 +41,12 @@ class BornBlocks:
         grow: Callable[[int], tuple[int, Segment]],
     ) -> None:
         self._shim, self._publish, self._grow = shim, publish, grow
-        self._quota_bytes = quota_bytes // _QUOTA_DIVISOR
+        self._quota_bytes = quota_bytes // QUOTA_DIVISOR
         self._segments: dict[int, int] = {}
         self._published: dict[int, BlockHandle] = {}  # by the block's address
         self._starts: dict[int, int] = {}  # generation to address
         self._unsent: set[int] = set()
-        self._active = shim.reserve(_RESERVED_BYTES)
+        self._active = shim.reserve(RESERVED_BYTES)
         self._may_grow = True
 
     @property
@@ -77,7 +77,7 @@ class BornBlocks:
             if known is None or block.start not in self._unsent:
                 return None
             return known, address - block.start, False
-        if nbytes * _WHOLE_DIVISOR < block.nbytes:
+        if nbytes * WHOLE_DIVISOR < block.nbytes:
             return None
         if block.isolated and may_be_written(block.start, block.nbytes):
             return None

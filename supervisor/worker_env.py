@@ -2,6 +2,9 @@
 
 Owns the merging of glibc's tunables and of what is preloaded. It changes no variable's meaning for the user:
 what the environment or `WorkerSpec.env` says already stays.
+
+`legion launch` gives a program the same, and notes in `LAUNCHED` which library it preloaded: whatever else
+that program starts inherits both, workers get their own.
 """
 
 from __future__ import annotations
@@ -10,7 +13,19 @@ import os
 import platform
 from collections.abc import Mapping, MutableMapping
 
-__all__ = ["NON_TEMPORAL_BYTES", "runs_on_glibc", "with_preload", "with_tunables", "without_preload"]
+__all__ = [
+    "LAUNCHED",
+    "NON_TEMPORAL_BYTES",
+    "launch_environment",
+    "runs_on_glibc",
+    "with_preload",
+    "with_tunables",
+    "without_launch",
+    "without_preload",
+]
+
+LAUNCHED = "LEGION_LAUNCHED"
+"""The variable that holds the path of the library that `legion launch` had preloaded."""
 
 NON_TEMPORAL_BYTES = 0x200000
 """From this size on memcpy bypasses the cache. glibc's own threshold grows with the shared cache, and can
@@ -49,8 +64,26 @@ def with_preload(env: Mapping[str, str], library: str) -> dict[str, str]:
 
 def without_preload(env: MutableMapping[str, str], library: str) -> None:
     """Take that library out again, so that programs which this one starts don't get it."""
-    preloaded = env.get("LD_PRELOAD", "")
-    if library and preloaded == library:
+    preloaded = env.get("LD_PRELOAD", "").replace(" ", ":").split(":")
+    if not library or library not in preloaded:
+        return
+    others = ":".join(path for path in preloaded if path not in ("", library))
+    if others:
+        env["LD_PRELOAD"] = others
+    else:
         del env["LD_PRELOAD"]
-    elif library and preloaded.startswith(f"{library}:"):
-        env["LD_PRELOAD"] = preloaded[len(library) + 1 :]
+
+
+def launch_environment(env: Mapping[str, str], library: str) -> dict[str, str]:
+    """What a program whose own tensors are to be born in shared memory is executed with.
+
+    A library that an earlier launch preloaded is not preloaded twice.
+    """
+    plain = dict(env)
+    without_launch(plain)
+    return {**with_preload(with_tunables(plain), library), LAUNCHED: library}
+
+
+def without_launch(env: MutableMapping[str, str]) -> None:
+    """Take out what `legion launch` preloaded, for a worker, which gets a library of its own or none."""
+    without_preload(env, env.pop(LAUNCHED, ""))

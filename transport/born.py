@@ -15,7 +15,9 @@ from legion_shm.transport.segment import Segment
 
 __all__ = ["SHIM_VERSION", "BornBlock", "BornNumbers", "Shim"]
 
-SHIM_VERSION = 1
+SHIM_VERSION = 2
+
+_ORPHANS_AT_ONCE = 256
 
 
 class _Block(ctypes.Structure):
@@ -67,10 +69,12 @@ class Shim:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        for name in ("find", "hold", "release", "isolate", "add", "remove", "reserve"):
+        for name in ("find", "hold", "release", "isolate", "add", "remove", "reserve", "shut"):
             getattr(library, f"legion_born_{name}").restype = ctypes.c_int
         library.legion_born_find.argtypes = [ctypes.c_uint64, ctypes.POINTER(_Block)]
-        for name in ("hold", "release", "isolate", "remove", "reserve", "serve"):
+        library.legion_born_orphans.restype = ctypes.c_uint64
+        library.legion_born_orphans.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_uint64]
+        for name in ("hold", "release", "isolate", "remove", "reserve", "serve", "shut"):
             getattr(library, f"legion_born_{name}").argtypes = [ctypes.c_uint64]
         library.legion_born_serve.restype = None
         library.legion_born_add.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64]
@@ -106,6 +110,10 @@ class Shim:
         """Unmap a region. False, and nothing done, while a block in it is in use."""
         return int(self._library.legion_born_remove(segment_id)) == 0
 
+    def shut(self, segment_id: int) -> None:
+        """Let nothing more be born in a region; what lives there lives on."""
+        self._library.legion_born_shut(segment_id)
+
     def find(self, address: int) -> BornBlock | None:
         """The live block that holds an address."""
         out = _Block()
@@ -119,6 +127,14 @@ class Shim:
 
     def release(self, start: int) -> bool:
         return int(self._library.legion_born_release(start)) == 0
+
+    def orphans(self) -> list[int]:
+        """The starts of blocks that were freed by their owner while they were held. Each is told once."""
+        found: list[int] = []
+        starts = (ctypes.c_uint64 * _ORPHANS_AT_ONCE)()
+        while count := int(self._library.legion_born_orphans(starts, _ORPHANS_AT_ONCE)):
+            found.extend(starts[:count])
+        return found
 
     def isolate(self, start: int) -> None:
         """Make a block copy-on-write for this process, if it has not been freed. Raises OSError."""

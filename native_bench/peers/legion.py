@@ -26,7 +26,7 @@ from legion_shm.native_bench.whole_path import hops_of
 from legion_shm.supervisor.api import Supervisor
 from legion_shm.supervisor.result import JobStats
 
-__all__ = ["PEERS", "WORKER_NODES", "LegionPeer", "job_of"]
+__all__ = ["PEERS", "WORKER_NODES", "LegionPeer", "job_of", "spec_of"]
 
 WORKER_NODES = "legion_shm.native_bench.worker_nodes"
 _IDLE_TRIM_S = 600.0
@@ -69,7 +69,8 @@ class _Shared:
 _shared = _Shared()
 
 
-def _spec(number: int) -> WorkerSpec:
+def spec_of(number: int) -> WorkerSpec:
+    """A worker with the nodes of `worker_nodes`; another number is another worker."""
     return WorkerSpec(engine="graph", node_modules=[WORKER_NODES], env={"LEGION_BENCH_WORKER": str(number)})
 
 
@@ -79,7 +80,7 @@ class _LegionSession(Session):
     def __init__(self, *, resident: bool, private: bool, node: str) -> None:
         self._supervisor: Supervisor | None = _shared.take()
         self._resident, self._private = resident, private
-        self._spec = _spec(1)
+        self._spec = spec_of(1)
         self._flow, self._spoil = job_of(node), job_of("BenchSpoil")
         self._spoiled = False
         self._stats: JobStats | None = None
@@ -128,7 +129,7 @@ class _ForwardSession(_LegionSession):
 
     def __init__(self) -> None:
         super().__init__(resident=False, private=False, node="BenchPassOn")
-        self._maker = _spec(2)
+        self._maker = spec_of(2)
         self._produce = job_of("BenchProduce")
         assert self._supervisor is not None, "just taken"
         self._supervisor.warm_up(self._maker)

@@ -25,6 +25,8 @@ int legion_born_find(uint64_t, block *);
 int legion_born_hold(uint64_t);
 int legion_born_release(uint64_t);
 int legion_born_isolate(uint64_t);
+int legion_born_shut(uint64_t);
+uint64_t legion_born_orphans(uint64_t *, uint64_t);
 void legion_born_numbers(figures *);
 
 static int fds[2];
@@ -133,25 +135,82 @@ static void isolated(void) {
 }
 
 static void forked(void) {
-    unsigned char *p = make(3 * MIB, 4);
-    int status = 0;
+    unsigned char *p = make(3 * MIB, 4), *sent = make(2 * MIB, 5), *q;
+    int status = 0, go[2];
+    char byte = 0;
+    block b;
+    figures f;
+    CHECK(legion_born_find((uint64_t)(uintptr_t)sent, &b) == 0 && legion_born_hold(b.start) == 0);
+    CHECK(pipe(go) == 0);
     pid_t child = fork();
     CHECK(child >= 0);
     if (!child) {
-        CHECK(whole(p, 3 * MIB, 4));
+        CHECK(read(go[0], &byte, 1) == 1);
+        CHECK(whole(p, 3 * MIB, 4)); /* what its parent has written, freed and made since is not its affair */
+        CHECK(whole(sent, 2 * MIB, 5));
         memset(p, 6, 3 * MIB);
-        unsigned char *q = make(3 * MIB, 6);
+        q = make(3 * MIB, 6);
         CHECK(!born(q));
         free(q);
         p = realloc(p, 9 * MIB);
         CHECK(whole(p, 3 * MIB, 6));
         free(p);
+        free(sent);
         _exit(0);
     }
-    CHECK(waitpid(child, &status, 0) == child && status == 0);
-    CHECK(whole(p, 3 * MIB, 4)); /* what the child wrote and freed is its own affair */
-    CHECK(born(p));
+    CHECK(born(p) && whole(p, 3 * MIB, 4));
+    memset(p, 7, 3 * MIB);
+    memset(sent, 7, 2 * MIB);
+    CHECK(whole(p, 3 * MIB, 7));
     free(p);
+    free(sent);
+    CHECK(legion_born_release(b.start) == 0);
+    for (int i = 0; i < 20; i++) {
+        size_t nbytes = (1 + (size_t)i % 8) * MIB;
+        q = make(nbytes, 9);
+        CHECK(q + nbytes <= p || q >= p + 3 * MIB); /* never there again */
+        free(q);
+    }
+    CHECK(write(go[1], &byte, 1) == 1);
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    close(go[0]);
+    close(go[1]);
+    legion_born_numbers(&f);
+    CHECK(f.live_bytes == 0 && f.blocks == 0);
+}
+
+static void orphans(void) {
+    unsigned char *p = make(2 * MIB, 1), *q = make(2 * MIB, 2);
+    uint64_t starts[4] = {0};
+    CHECK(legion_born_orphans(starts, 4) == 0);
+    CHECK(legion_born_hold((uint64_t)(uintptr_t)p) == 0 && legion_born_hold((uint64_t)(uintptr_t)q) == 0);
+    CHECK(legion_born_orphans(starts, 4) == 0);
+    free(p);
+    free(q);
+    CHECK(legion_born_orphans(starts, 1) == 1 && legion_born_orphans(starts + 1, 3) == 1); /* each once */
+    CHECK(starts[0] != starts[1] && legion_born_orphans(starts, 4) == 0);
+    CHECK(legion_born_release((uint64_t)(uintptr_t)p) == 0 && legion_born_release((uint64_t)(uintptr_t)q) == 0);
+    p = make(2 * MIB, 1);
+    CHECK(legion_born_hold((uint64_t)(uintptr_t)p) == 0);
+    free(p);
+    CHECK(legion_born_release((uint64_t)(uintptr_t)p) == 0); /* before anybody was told */
+    CHECK(legion_born_orphans(starts, 4) == 0);
+}
+
+static void shut(void) {
+    unsigned char *p = make(4 * MIB, 3), *q;
+    block b;
+    CHECK(legion_born_find((uint64_t)(uintptr_t)p, &b) == 0);
+    CHECK(legion_born_shut(b.segment) == 0 && legion_born_shut(99) == ENOENT);
+    q = make(4 * MIB, 4);
+    CHECK(whole(p, 4 * MIB, 3));
+    block other;
+    CHECK(legion_born_find((uint64_t)(uintptr_t)q, &other) != 0 || other.segment != b.segment);
+    CHECK(legion_born_remove(b.segment) == EBUSY);
+    free(p);
+    free(q);
+    CHECK(legion_born_remove(b.segment) == 0);
+    CHECK(legion_born_add(fds[b.segment], 20 * MIB, b.segment) == 0);
 }
 
 /* What the C library answers is not for the shim to change. `refused`: what it says of an alignment of 3. */
@@ -206,6 +265,8 @@ int main(void) {
     threads();
     held();
     isolated();
+    orphans();
+    shut();
     forked();
     CHECK(legion_born_remove(0) == 0 && legion_born_remove(0) != 0 && legion_born_remove(1) == 0);
     CHECK(!born(make(4 * MIB, 1)));

@@ -3,12 +3,14 @@
  * Owns the blocks inside of the regions that the process's Python side registered (segments of its arena,
  * mapped shared). posix_memalign, aligned_alloc and memalign of at least `min_bytes` are served from there,
  * best fit; whatever does not fit goes to the allocator behind us, and is counted. A block that is held was
- * published: it is used again only after it has been both freed by its owner and released by Python.
+ * published: it is used again only after it has been both freed by its owner and released by Python. A block
+ * that was in use at a fork is never used again, for nobody here knows how long the child looks at it.
  *
  * It knows nothing of torch and nothing of Python. Without a region it only passes calls on. All metadata is in
  * private memory of this process. One mutex guards it all; nothing is allocated while it is held.
  *
  *     free extent ── allocate ──▶ used ── hold ──▶ used+held ── free ──▶ orphan ── release ──▶ free extent
+ *                                  └── fork ──▶ used+forked ── free, release ──▶ spent, until its region is removed
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -30,7 +32,14 @@
 #endif
 #define EXPORT __attribute__((visibility("default")))
 
-enum { FREE = 0, USED = 1, ORPHAN = 2 };
+/* The first version of the symbol, so that what was built here also runs with older C libraries. */
+#if defined(__x86_64__)
+__asm__(".symver dlsym,dlsym@GLIBC_2.2.5");
+#elif defined(__aarch64__)
+__asm__(".symver dlsym,dlsym@GLIBC_2.17");
+#endif
+
+enum { FREE = 0, USED = 1, ORPHAN = 2, SPENT = 3 };
 
 typedef struct extent {
     struct extent *prev, *next; /* by address; neighbours of other regions are never merged */
@@ -40,6 +49,8 @@ typedef struct extent {
     int state;
     int held;
     int isolated; /* mapped copy-on-write */
+    int forked;   /* a forked child may be looking at it */
+    int told;     /* an orphan that legion_born_orphans has named */
     int cold;     /* a free extent with pages that are not mapped yet */
     int region;
 } extent;
@@ -48,6 +59,7 @@ typedef struct {
     uintptr_t start;
     size_t nbytes; /* 0: not in use */
     int fd;
+    int shut; /* nothing is born here any more */
     uint64_t segment;
 } region;
 
@@ -68,6 +80,7 @@ static int closed; /* in a forked child: nothing is handed out or taken back any
 static region regions[REGIONS];
 static extent *first, *spare;
 static legion_numbers numbers;
+static uint64_t orphans; /* not told yet; read without the lock */
 
 static void (*next_free)(void *);
 static void *(*next_realloc)(void *, size_t);
@@ -130,7 +143,7 @@ static void insert_after(extent *before, extent *e) {
 
 static extent *holding(uintptr_t address) {
     for (extent *e = first; e && e->start <= address; e = e->next)
-        if (address < e->start + e->span) return e->state == FREE ? NULL : e;
+        if (address < e->start + e->span) return e->state == FREE || e->state == SPENT ? NULL : e;
     return NULL;
 }
 
@@ -151,6 +164,14 @@ static void merge_with_next(extent *e) {
 }
 
 static void make_free(extent *e) {
+    if (e->forked) {
+        /* The pages of the segment are the child's to read; only what was written here is let go of. */
+        mmap((void *)e->start, e->span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        e->state = SPENT;
+        numbers.live_bytes -= e->span;
+        numbers.blocks--;
+        return;
+    }
     if (e->isolated) {
         /* What was written into the private pages is dropped with them. A block whose mapping can't be made
          * shared again stays out of use. */
@@ -173,7 +194,8 @@ static void *allocate(size_t alignment, size_t nbytes) {
     pthread_mutex_lock(&lock);
     if (!closed) {
         for (extent *e = first; e; e = e->next)
-            if (e->state == FREE && e->span >= span && (!best || e->span < best->span)) best = e;
+            if (e->state == FREE && e->span >= span && (!best || e->span < best->span) && !regions[e->region].shut)
+                best = e;
         if (best && best->span > span) {
             extent *rest = take_spare();
             if (rest) {
@@ -211,8 +233,13 @@ static void give_back(void *p) {
     pthread_mutex_lock(&lock);
     extent *e = closed ? NULL : holding((uintptr_t)p);
     if (e && e->state == USED) {
-        if (e->held) e->state = ORPHAN;
-        else make_free(e);
+        if (e->held) {
+            e->state = ORPHAN;
+            e->told = 0;
+            __atomic_fetch_add(&orphans, 1, __ATOMIC_RELAXED);
+        } else {
+            make_free(e);
+        }
     }
     pthread_mutex_unlock(&lock);
     errno = saved;
@@ -320,7 +347,17 @@ EXPORT size_t malloc_usable_size(void *p) {
 
 /* --- forked children ---------------------------------------------------------------------------------- */
 
-static void before_fork(void) { pthread_mutex_lock(&lock); }
+/* What is in use becomes copy-on-write here too: else the child, whose pages are those of the segment until it
+ * writes them, would see what is written after the fork. */
+static void before_fork(void) {
+    pthread_mutex_lock(&lock);
+    for (extent *e = first; e; e = e->next) {
+        if (e->state != USED) continue;
+        if (!e->isolated && map_again(e, MAP_PRIVATE) == 0) e->isolated = 1;
+        e->forked = 1;
+    }
+}
+
 static void after_fork_here(void) { pthread_mutex_unlock(&lock); }
 
 /* The child keeps what it can see, copy-on-write as it expects; it allocates nothing here and frees nothing.
@@ -330,7 +367,7 @@ static void after_fork_in_child(void) {
         closed = 1;
         min_bytes = (size_t)-1;
         for (extent *e = first; e; e = e->next)
-            if (!e->isolated) map_again(e, MAP_PRIVATE);
+            if (e->state == USED && !e->isolated) map_again(e, MAP_PRIVATE);
     }
     pthread_mutex_unlock(&lock);
 }
@@ -342,7 +379,7 @@ __attribute__((constructor)) static void start(void) {
 
 /* --- what Python calls -------------------------------------------------------------------------------- */
 
-EXPORT int legion_born_version(void) { return 1; }
+EXPORT int legion_born_version(void) { return 2; }
 
 /* Reserve addresses for all regions to come, once; 0, or an errno. */
 EXPORT int legion_born_reserve(uint64_t nbytes) {
@@ -382,7 +419,7 @@ EXPORT int legion_born_add(int fd, uint64_t nbytes, uint64_t segment) {
     }
     extent *e = slot >= 0 && !closed && at - base + nbytes <= reserved ? take_spare() : NULL;
     if (e) {
-        regions[slot] = (region){at, nbytes, own, segment};
+        regions[slot] = (region){at, nbytes, own, 0, segment};
         e->start = at;
         e->span = nbytes;
         e->region = slot;
@@ -405,25 +442,42 @@ EXPORT int legion_born_add(int fd, uint64_t nbytes, uint64_t segment) {
     return result;
 }
 
-/* Give up a wholly free region; 0, or EBUSY, ENOENT, or another errno. */
-EXPORT int legion_born_remove(uint64_t segment) {
-    int result = ENOENT;
+static region *region_of(uint64_t segment) {
+    for (int i = 0; i < REGIONS; i++)
+        if (regions[i].nbytes && regions[i].segment == segment) return &regions[i];
+    return NULL;
+}
+
+/* Let nothing more be born in a region; what lives there lives on. 0, or ENOENT. */
+EXPORT int legion_born_shut(uint64_t segment) {
     pthread_mutex_lock(&lock);
-    for (extent *e = first; e && !closed; e = e->next) {
-        region *r = &regions[e->region];
-        if (r->segment != segment) continue;
-        result = EBUSY;
-        if (e->state != FREE || e->span != r->nbytes) break;
+    region *r = closed ? NULL : region_of(segment);
+    if (r) r->shut = 1;
+    pthread_mutex_unlock(&lock);
+    return r ? 0 : ENOENT;
+}
+
+/* Give up a region in which nothing lives; 0, or EBUSY, ENOENT, or another errno. */
+EXPORT int legion_born_remove(uint64_t segment) {
+    int result = 0;
+    pthread_mutex_lock(&lock);
+    region *r = closed ? NULL : region_of(segment);
+    if (!r) result = ENOENT;
+    for (extent *e = first; e && !result; e = e->next)
+        if (&regions[e->region] == r && (e->state == USED || e->state == ORPHAN)) result = EBUSY;
+    if (!result) {
         void *p = mmap((void *)r->start, r->nbytes, PROT_NONE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-        result = p == MAP_FAILED ? errno : 0;
-        if (!result) {
-            close(r->fd);
-            numbers.total_bytes -= r->nbytes;
-            r->nbytes = 0;
-            unlink_extent(e);
+        if (p == MAP_FAILED) result = errno;
+    }
+    if (!result) {
+        for (extent *e = first, *next; e; e = next) {
+            next = e->next;
+            if (&regions[e->region] == r) unlink_extent(e);
         }
-        break;
+        close(r->fd);
+        numbers.total_bytes -= r->nbytes;
+        r->nbytes = 0;
     }
     pthread_mutex_unlock(&lock);
     return result;
@@ -461,10 +515,28 @@ EXPORT int legion_born_release(uint64_t start) {
     int found = e && e->held && e->start == start;
     if (found) {
         e->held = 0;
-        if (e->state == ORPHAN) make_free(e);
+        if (e->state == ORPHAN) {
+            if (!e->told) __atomic_fetch_sub(&orphans, 1, __ATOMIC_RELAXED);
+            make_free(e);
+        }
     }
     pthread_mutex_unlock(&lock);
     return found ? 0 : ENOENT;
+}
+
+/* The starts of blocks that their owner has freed while they were held, each told once; how many. */
+EXPORT uint64_t legion_born_orphans(uint64_t *starts, uint64_t most) {
+    uint64_t count = 0;
+    if (!__atomic_load_n(&orphans, __ATOMIC_RELAXED)) return 0;
+    pthread_mutex_lock(&lock);
+    for (extent *e = closed ? NULL : first; e && count < most; e = e->next) {
+        if (e->state != ORPHAN || e->told) continue;
+        e->told = 1;
+        starts[count++] = e->start;
+    }
+    __atomic_fetch_sub(&orphans, count, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&lock);
+    return count;
 }
 
 /* Make a block copy-on-write for this process, if its owner still has it: nobody else sees its writes then.
