@@ -128,7 +128,9 @@ class WorkerSpec(_Settings):
     no others, may be pickled between the worker and us. ``zygote``: whether workers may be forked from a
     process that has their imports done; see docs/startup.md. ``models``: how the weights of ComfyUI's models
     reach the worker: through shared memory, by the loader's call and its file, or the cheaper; see
-    docs/models.md.
+    docs/models.md. ``max_workers`` run jobs at a time. Beyond the busy ones, ``warm_spares`` more are kept
+    ready, each with memory of its own, to take the place of one that is lost or has reached
+    ``max_jobs_per_life``. They count among the supervisor's ``max_workers``.
     """
 
     title: ClassVar[str] = "WorkerSpec"
@@ -144,6 +146,7 @@ class WorkerSpec(_Settings):
     comfyui_path: str | None = None
     extra_args: Sequence[str] = ()
     max_workers: int = Field(default=1, ge=1, le=256)
+    warm_spares: int = Field(default=0, ge=0, le=256)
     startup_timeout_s: Seconds = 120.0
     idle_timeout_s: Seconds | None = None
     max_jobs_per_life: int | None = Field(default=None, ge=1)

@@ -28,6 +28,7 @@ class WorkerKeywords(TypedDict, total=False):
     comfyui_path: _Path | None
     extra_args: str | Sequence[str] | None
     max_workers: int
+    warm_spares: int
     startup_timeout_s: float
     idle_timeout_s: float | None
     max_jobs_per_life: int | None

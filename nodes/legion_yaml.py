@@ -31,6 +31,7 @@ KEYS = (
     "execution.asynch",
     "execution.extra_args",
     "execution.max_workers",
+    "execution.warm_spares",
     "execution.idle_timeout",
     "execution.deadline",
     "execution.retries",
@@ -96,6 +97,7 @@ class Configuration:
     extra_args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     max_workers: int = 1
+    warm_spares: int = 0
     idle_timeout_s: float | None = None
     deadline_s: float | None = None
     retries: int = 0
@@ -117,6 +119,7 @@ class Configuration:
             env=env,
             node_modules=self.node_modules,
             max_workers=self.max_workers,
+            warm_spares=self.warm_spares,
             startup_timeout_s=self.startup_timeout_s or startup_timeout_s,
             idle_timeout_s=self.idle_timeout_s,
             models=self.models,
@@ -174,6 +177,8 @@ def _read(setting: Setting) -> tuple[str, object]:
         return "extra_args", setting.words()
     if key == "execution.max_workers":
         return "max_workers", setting.count(1, 256)
+    if key == "execution.warm_spares":
+        return "warm_spares", setting.count(0, 256)
     if key == "execution.retries":
         return "retries", setting.count(0, 100)
     if key == "execution.node_modules":

@@ -257,7 +257,7 @@ class Loop:
         if pool not in self._specs:
             self._specs[pool] = spec
             limits = (spec.max_workers, spec.startup_timeout_s, spec.idle_timeout_s, spec.max_jobs_per_life)
-            self._handle(PoolDefined(pool, *limits), now)
+            self._handle(PoolDefined(pool, *limits, spec.warm_spares), now)
 
     def _accept(self, submission: Submission, now: float) -> None:
         feed, options = submission.feed, submission.options

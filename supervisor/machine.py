@@ -17,7 +17,10 @@ The rules, each held by tests/supervisor/test_machine.py:
    once; the same reason twice gives the pool up.
 6. At max_workers, a pool whose queue never runs dry hands a worker's place on, between two jobs, to a pool
    that has waited its turn without any.
-7. Cancellation asks first; a worker that has not answered when the grace is over is ended by the ladder:
+7. A pool that is in use has its warm spares beyond the busy workers, or beyond one that waits for work, in
+   the room that nobody needs for a job: they take jobs where others have gone, and never more run at a time
+   than its max_workers.
+8. Cancellation asks first; a worker that has not answered when the grace is over is ended by the ladder:
    ask, SIGTERM, SIGKILL.
 """
 
@@ -113,7 +116,7 @@ class Machine:
             if job.deadline_s is not None and job.end_error is None:
                 yield job.deadline_s
         for pool in self.pools.values():
-            if pool.not_before_s and (pool.queue or len(self._tables.alive(pool)) < pool.target):
+            if pool.not_before_s and (pool.queue or self._schedule.lacks_workers(pool)):
                 yield pool.not_before_s
 
     # --- what callers ask for ---------------------------------------------------------------------
@@ -127,6 +130,7 @@ class Machine:
                 startup_timeout_s=event.startup_timeout_s,
                 idle_timeout_s=event.idle_timeout_s,
                 max_jobs_per_life=event.max_jobs_per_life,
+                warm_spares=event.warm_spares,
             ),
         )
 
@@ -148,6 +152,7 @@ class Machine:
             return
         if job.only_worker is not None and not self._has_worker(job):
             return
+        pool.spares = pool.warm_spares
         pool.queue.append(job.id)
         pool.pinned += job.only_worker is not None
         self._schedule.pool(pool, now)
@@ -203,7 +208,7 @@ class Machine:
         for pool in self.pools.values():
             if event.pool not in (None, pool.key):
                 continue
-            pool.target = 0
+            pool.target = pool.spares = 0
             self._restarts.forgive(pool)
             for worker in self._tables.alive(pool):
                 worker.expected = True
@@ -214,7 +219,7 @@ class Machine:
     def _close_requested(self, event: CloseRequested, now: float) -> None:
         self._tables.closing = True
         for pool in self.pools.values():
-            pool.target = 0
+            pool.target = pool.spares = 0
         for job in list(self.jobs.values()):
             error = JobCancelled(f"job {job.id} was cancelled: the supervisor closed", job_id=job.id)
             self._end_job(job, error, now)
@@ -258,6 +263,7 @@ class Machine:
             self.ignored_replies += 1
             return
         pool = self.pools[job.pool]
+        pool.worked_s = now
         worker.job = None
         worker.interrupt_until_s = None
         worker.last_seen_s = now
@@ -292,6 +298,7 @@ class Machine:
         pool.workers.remove(worker.id)
         job = self.jobs.get(worker.job) if worker.job is not None else None
         if job is not None:
+            pool.worked_s = now
             self._job_lost_its_worker(job, worker, event, now)
         elif not worker.expected or worker.start_error is not None:
             self._restarts.died_without_a_job(pool, worker, event, now)

@@ -1,7 +1,7 @@
 """How workers are ended: what is waited for, and the ladder ask, SIGTERM, SIGKILL.
 
 Part of the machine: pure, time comes in as an argument. Who is late, silent or idle for too long is judged
-here; rule 7 of machine.py.
+here; rule 8 of machine.py.
 """
 
 from __future__ import annotations
@@ -30,8 +30,22 @@ class Ladder:
             yield worker.since_s + pool.startup_timeout_s
         elif worker.stage == "none":
             yield worker.last_seen_s + self._limits.heartbeat_timeout_s
-        if worker.state == "idle" and pool.idle_timeout_s is not None and not worker.remotes:
-            yield worker.since_s + pool.idle_timeout_s
+        idle_until_s = self._idle_until_s(worker)
+        if idle_until_s is not None:
+            yield idle_until_s
+
+    def _idle_until_s(self, worker: WorkerRecord) -> float | None:
+        """When an idle worker has been so for too long. A spare is not idle while others of its pool work."""
+        pool = self._tables.pools[worker.pool]
+        if worker.state != "idle" or pool.idle_timeout_s is None or worker.remotes:
+            return None
+        since_s = worker.since_s
+        if pool.warm_spares:
+            if not self._tables.works(pool):
+                since_s = max(since_s, pool.worked_s)
+            elif self._tables.idle(pool) <= pool.warm_spares:
+                return None
+        return since_s + pool.idle_timeout_s
 
     def judge(self, worker: WorkerRecord, now: float) -> None:
         pool = self._tables.pools[worker.pool]
@@ -61,15 +75,12 @@ class Ladder:
             worker.reason = f"it hung: no heartbeat for heartbeat_timeout_s = {timeout_s:g}, and was ended"
             worker.to("stopping")
             self._signal(worker, "SIGKILL", now)  # a stopped process does not take SIGTERM
-        elif (
-            worker.state == "idle"
-            and pool.idle_timeout_s is not None
-            and not worker.remotes
-            and now >= worker.since_s + pool.idle_timeout_s
-        ):
+        elif (idle_until_s := self._idle_until_s(worker)) is not None and now >= idle_until_s:
             worker.expected = True
             worker.reason = "it was idle for idle_timeout_s"
-            pool.target = max(0, pool.target - 1)
+            self._tables.aim_lower(pool)
+            if not self._tables.works(pool):
+                pool.spares = 0
             self.ask_stop(worker, now)
 
     def ask_stop(self, worker: WorkerRecord, now: float) -> None:

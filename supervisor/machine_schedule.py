@@ -1,6 +1,6 @@
 """Which job goes to which worker, and how many workers there are.
 
-Part of the machine: pure, time comes in as an argument. Rules 2 and 6 of machine.py.
+Part of the machine: pure, time comes in as an argument. Rules 2, 6 and 7 of machine.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,22 @@ class Schedule:
         for pool in sorted(waiting, key=self._rank):
             self.pool(pool, now)
         for pool in self._tables.pools.values():
-            if not pool.queue and len(self._tables.alive(pool)) < pool.target:
+            if not pool.queue and self.lacks_workers(pool):
                 self.pool(pool, now)
+
+    def lacks_workers(self, pool: PoolRecord) -> bool:
+        alive = self._tables.alive(pool)
+        if not pool.warm_spares:
+            return len(alive) < pool.target
+        return len(alive) < sum(self._wanted(pool, alive))
+
+    def _wanted(self, pool: PoolRecord, alive: list[WorkerRecord]) -> tuple[int, int]:
+        """How many workers should live: for jobs, now or as there were before; and how many spares beyond."""
+        busy = sum(1 for worker in alive if worker.state == "busy")
+        working = min(pool.max_workers, busy + len(pool.queue) - pool.pinned)
+        for_jobs = max(working, min(pool.max_workers, pool.target))
+        in_service = max(working, min(1, for_jobs))
+        return for_jobs, max(0, in_service + pool.spares - for_jobs)
 
     def _rank(self, pool: PoolRecord) -> tuple[bool, float]:
         """Pools without any worker come first, by how long they have had none; then the oldest job's."""
@@ -56,7 +70,7 @@ class Schedule:
         if idle:
             idle[0].expected = True
             idle[0].reason = "it made room for another spec, whose turn had come"
-            pool.target = max(0, pool.target - 1)
+            self._tables.aim_lower(pool)
             self._ladder.ask_stop(idle[0], now)
 
     def pool(self, pool: PoolRecord, now: float) -> None:
@@ -65,21 +79,21 @@ class Schedule:
             return
         starved_since_s, pool.starved_since_s = pool.starved_since_s, None
         alive = self._tables.alive(pool)
+        busy = sum(1 for worker in alive if worker.state == "busy")
         for worker in alive:
-            if not pool.queue:
+            if not pool.queue or busy >= pool.max_workers:
                 break
-            if worker.state == "idle":
-                self._send_next(worker, pool)
-        starting = sum(1 for worker in alive if worker.state == "starting")
-        waiting = len(pool.queue) - pool.pinned
-        wanted = min(pool.max_workers, max(pool.target, len(alive) + max(0, waiting - starting)))
+            if worker.state == "idle" and self._send_next(worker, pool):
+                busy += 1
+        for_jobs, spares = self._wanted(pool, alive)
         if pool.given_up is not None:
             if now < pool.given_up_until_s:
                 return
             pool.given_up = None
-        while len(alive) < wanted and now >= pool.not_before_s:
+        while len(alive) < for_jobs + spares and now >= pool.not_before_s:
             if len(self._tables.workers) >= self._limits.max_workers:
-                self._evict_for(pool, now)
+                if len(alive) < for_jobs:
+                    self._evict_for(pool, now)
                 if not alive and pool.queue:
                     pool.starved_since_s = now if starved_since_s is None else starved_since_s
                 break
@@ -89,10 +103,11 @@ class Schedule:
             pool.workers.append(worker.id)
             alive.append(worker)
             self._tables.order(SpawnWorker(worker.id, pool.key))
-        pool.target = max(pool.target, sum(1 for worker in alive if not worker.expected))
+        lasting = sum(1 for worker in alive if not worker.expected)
+        pool.target = max(pool.target, min(lasting, pool.max_workers))
 
     def _evict_for(self, pool: PoolRecord, now: float) -> None:
-        """Make room by stopping the longest idle worker of a pool that has no work."""
+        """Make room by stopping the longest idle worker of a pool that has no work for it."""
         if any(w.state == "stopping" for w in self._tables.workers.values()):
             return
         idle = [
@@ -101,7 +116,7 @@ class Schedule:
             if w.state == "idle"
             and w.pool != pool.key
             and not w.remotes
-            and not self._tables.pools[w.pool].queue
+            and not self._has_work_for_it(self._tables.pools[w.pool])
         ]
         if not idle or not pool.queue:
             return
@@ -109,11 +124,16 @@ class Schedule:
         victim.expected = True
         victim.reason = "it made room for a worker of another spec"
         other = self._tables.pools[victim.pool]
-        other.target = max(0, other.target - 1)
+        self._tables.aim_lower(other)
         self._ladder.ask_stop(victim, now)
 
-    def _send_next(self, worker: WorkerRecord, pool: PoolRecord) -> None:
-        """The first job in the queue that may run there; nearly always the first of all."""
+    def _has_work_for_it(self, pool: PoolRecord) -> bool:
+        """Whether an idle worker of a pool will be given a job: not while as many run as may."""
+        busy = sum(1 for worker in pool.workers if self._tables.workers[worker].state == "busy")
+        return bool(pool.queue) and busy < pool.max_workers
+
+    def _send_next(self, worker: WorkerRecord, pool: PoolRecord) -> bool:
+        """The first job in the queue that may run there, nearly always the first; whether there was one."""
         jobs = self._tables.jobs
         for place, job_id in enumerate(pool.queue if pool.pinned else islice(pool.queue, 1)):
             job = jobs[job_id]
@@ -121,7 +141,8 @@ class Schedule:
                 del pool.queue[place]
                 pool.pinned -= job.only_worker is not None
                 self._send(worker, job)
-                return
+                return True
+        return False
 
     def _send(self, worker: WorkerRecord, job: JobRecord) -> None:
         worker.to("busy")

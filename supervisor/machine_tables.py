@@ -54,6 +54,18 @@ class Tables:
         workers = (self.workers[worker] for worker in pool.workers)
         return [worker for worker in workers if worker.state != "stopping"]
 
+    def aim_lower(self, pool: PoolRecord) -> None:
+        """Before a worker is ended that need not be replaced. A spare is none of the target."""
+        if len(self.alive(pool)) <= pool.target:
+            pool.target = max(0, pool.target - 1)
+
+    def idle(self, pool: PoolRecord) -> int:
+        return sum(1 for worker in pool.workers if self.workers[worker].state == "idle")
+
+    def works(self, pool: PoolRecord) -> bool:
+        """Whether a pool runs jobs, or has some to run."""
+        return bool(pool.queue) or any(self.workers[worker].state == "busy" for worker in pool.workers)
+
     def resolve(self, job: JobRecord, state: TerminalState, error: LegionError | None) -> None:
         """End a job, for good."""
         job.to(state)

@@ -116,7 +116,9 @@ class PoolRecord:
     ``pinned`` counts the jobs in the queue that must run in one certain worker. ``target`` is how many
     workers should live; ``deaths`` counts those that died in a row without a job being done in between;
     ``given_up`` is set while the pool does not start workers any more; ``starved_since_s`` while it has
-    jobs and no worker, for want of room; ``start_took_s`` is how long its last worker took to get ready.
+    jobs and no worker, for want of room; ``start_took_s`` is how long its last worker took to get ready;
+    ``spares`` are wanted beyond the workers in service, from a job on until the pool has been idle for too
+    long; ``worked_s`` is when a job last ended.
     """
 
     key: str
@@ -124,6 +126,7 @@ class PoolRecord:
     startup_timeout_s: float
     idle_timeout_s: float | None
     max_jobs_per_life: int | None
+    warm_spares: int = 0
     queue: deque[str] = field(default_factory=deque[str])
     pinned: int = 0
     workers: list[str] = field(default_factory=list[str])
@@ -136,6 +139,8 @@ class PoolRecord:
     same_start_failures: int = 0
     starved_since_s: float | None = None
     start_took_s: float = 0.0
+    spares: int = 0
+    worked_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class PoolDefined:
     startup_timeout_s: float
     idle_timeout_s: float | None
     max_jobs_per_life: int | None
+    warm_spares: int = 0
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ execution:
   extra_args: --lowvram --preview-method "a b"
   env_vars: {CUDA_VISIBLE_DEVICES: "1", N: 5, FLAG: true, EMPTY: ""}
   max_workers: 2
+  warm_spares: 1
   idle_timeout: 1.5
   deadline: 30
   retries: 1
@@ -81,6 +82,7 @@ workflow: w.json
     assert (worker.startup_timeout_s, worker.max_workers, worker.idle_timeout_s) == (12.0, 2, 1.5)
     assert worker.node_modules == ("a.b",)
     assert worker.models == "recipe"
+    assert worker.warm_spares == 1
 
 
 def test_an_unknown_way_for_models_is_refused_with_those_that_there_are() -> None:
@@ -136,6 +138,7 @@ def test_garbage_is_a_config_error(text: str) -> None:
         ("execution: {startup_timeout: 0}", "execution.startup_timeout", "above 0"),
         ("execution: {startup_timeout: soon}", "execution.startup_timeout", "seconds"),
         ("execution: {max_workers: 1.5}", "execution.max_workers", "whole number"),
+        ("execution: {warm_spares: -1}", "execution.warm_spares", "whole number"),
         ("execution: {extra_args: {a: 1}}", "execution.extra_args", "list of texts"),
         ("execution: {extra_args: '--a \"b'}", "execution.extra_args", "command line"),
         ("execution: {env_vars: [1]}", "execution.env_vars", "a mapping"),

@@ -80,11 +80,10 @@ class Driver:
         startup_timeout_s: float = 50.0,
         idle_timeout_s: float | None = None,
         max_jobs_per_life: int | None = None,
+        warm_spares: int = 0,
     ) -> None:
-        assert (
-            self.do(PoolDefined(name, max_workers, startup_timeout_s, idle_timeout_s, max_jobs_per_life))
-            == []
-        )
+        limits = (max_workers, startup_timeout_s, idle_timeout_s, max_jobs_per_life, warm_spares)
+        assert self.do(PoolDefined(name, *limits)) == []
 
     def submit(
         self, job: str, pool: str = "p", *, deadline_s: float | None = None, retries: int = 0

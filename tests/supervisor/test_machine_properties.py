@@ -40,6 +40,7 @@ POOLS = {
     "plain": PoolDefined("plain", 2, 20.0, None, None),
     "short": PoolDefined("short", 1, 5.0, 8.0, None),
     "brief": PoolDefined("brief", 3, 20.0, None, 2),
+    "spared": PoolDefined("spared", 1, 20.0, 8.0, 3, 1),
 }
 MAX_WORKERS = 2
 LIMITS = Limits(
@@ -298,15 +299,16 @@ class World(RuleBasedStateMachine):
             ids = self.machine.pools[name].workers
             assert sorted(ids) == sorted(w for w, p in self.living.items() if p == name)
             alive = [w for w in ids if self.machine.workers[w].state != "stopping"]
-            assert len(alive) <= pool.max_workers
+            assert len(alive) <= pool.max_workers + pool.warm_spares
+            assert sum(1 for w in alive if self.machine.workers[w].state == "busy") <= pool.max_workers
 
     @invariant()
     def whoever_waits_has_something_to_wait_for(self) -> None:
-        """No job waits while a worker of its pool idles, or while nothing is on its way at all."""
+        """No job waits while a worker idles that may run it, or while nothing is on its way at all."""
         for pool in self.machine.pools.values():
             if pool.queue:
-                states = {self.machine.workers[w].state for w in pool.workers}
-                assert "idle" not in states
+                states = [self.machine.workers[w].state for w in pool.workers]
+                assert "idle" not in states or states.count("busy") == pool.max_workers
                 assert self.machine.workers or self.machine.next_deadline_s() is not None
 
     @invariant()

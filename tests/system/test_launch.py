@@ -26,6 +26,7 @@ PRELUDE = f"""
 import json, os, sys, time
 import torch
 from legion_shm import Supervisor, WorkerSpec
+from legion_shm.transport.born import Shim
 from tests.system.support import flow, only_worker, pid_of, spec, wait_for
 
 SIZE = 4 * {MIB}
@@ -53,6 +54,17 @@ def born(legion, fill):
         return copies == 0
     wait_for(made, "it went without a copy")
     return found
+
+def unsent(legion, fill):
+    # Born in the arena too, and submitted to nobody.
+    found = []
+    def made():
+        tensor = fresh(fill)
+        there_and_back(legion, fresh(0))
+        found[:] = [tensor]
+        return Shim.here().find(tensor.data_ptr()) is not None
+    wait_for(made, "it was born in the arena")
+    return found[0]
 
 def same(tensor, value):
     return float(tensor.min()) == float(tensor.max()) == float(value)
@@ -166,7 +178,7 @@ def test_a_fork_in_the_program_sees_what_was_there(tmp_path: Path) -> None:
 with Supervisor(**SETTINGS) as legion:
     warm(legion)
     sent, got = born(legion, 3)
-    private = fresh(4)
+    private = unsent(legion, 4)
     r, w = os.pipe()
     pid = os.fork()
     if not pid:
@@ -233,8 +245,14 @@ with Supervisor(**SETTINGS) as legion:
         said["copies of the second"] = [there_and_back(second, fresh(1))[1] for _ in range(4)]
         said["of another's block"] = there_and_back(second, mine)[1]
     said["the first goes on"] = there_and_back(legion, mine)[1]
+    little = fresh(5, 1 << 20)
+    said["beside others"] = there_and_back(legion, little)[1]
 with Supervisor(**SETTINGS) as third:
     said["from before"] = there_and_back(third, mine)[1]
+    shim = Shim.here()
+    found = [shim.find(tensor.data_ptr()) for tensor in [fresh(fill, 1 << 20) for fill in range(8)]]
+    old = shim.find(little.data_ptr()).segment
+    said["made in what the first left"] = sum(1 for block in found if block and block.segment == old)
     warm(third)
     said["kept"] = same(mine, 3) and same(got, 3)
     mine.fill_(4)
@@ -246,6 +264,8 @@ with Supervisor(**SETTINGS) as third:
         "copies of the second": [1, 1, 1, 1],
         "of another's block": 1,
         "the first goes on": 0,
+        "beside others": 0,
+        "made in what the first left": 0,
         "from before": 1,
         "kept": True,
         "apart": True,
@@ -267,6 +287,13 @@ with Supervisor(idle_trim_s=0.3, **SETTINGS) as legion:
     said["mine"] = same(mine, 3)
     del mine
     wait_for(lambda: not regions(), "the arena was given back once more")
+    tried, trim = [], legion._memory.trim
+    mine = unsent(legion, 4)
+    legion._memory.trim = lambda: (tried.append(1), trim())[1]
+    wait_for(lambda: tried, "it was looked for what could be given back")
+    said["mine again"] = same(mine, 4)
+    del mine
+    wait_for(lambda: not regions(), "and again when nothing was left to say so")
 with Supervisor(arena_quota_bytes=16 << 20, arena_wait_s=20.0, **SETTINGS) as legion:
     ok = True
     for nbytes in (2, 3, 15):
@@ -276,7 +303,7 @@ with Supervisor(arena_quota_bytes=16 << 20, arena_wait_s=20.0, **SETTINGS) as le
 """,
     )
     assert said.pop("stderr") == ""
-    assert said == {"mine": True, "quota": True}
+    assert said == {"mine": True, "mine again": True, "quota": True}
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ CHANGES: list[dict[str, Any]] = [
     {"comfyui_path": "/x"},
     {"extra_args": ["--x"]},
     {"max_workers": 2},
+    {"warm_spares": 1},
     {"startup_timeout_s": 1},
     {"idle_timeout_s": 1},
     {"max_jobs_per_life": 1},
