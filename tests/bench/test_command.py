@@ -94,7 +94,7 @@ def test_ctrl_c_leaves_no_process_and_no_file_behind(tmp_path: Path) -> None:
             time.sleep(0.02)
         assert len(busy) >= 5, running.stdout.read() if running.stdout else ""
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to children too
-        output, _ = running.communicate(timeout=30)
+        output, _ = running.communicate(timeout=60)
     finally:
         if running.poll() is None:
             running.kill()
