@@ -21,7 +21,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-__all__ = ["FileMark", "Loaded", "call_loader", "check_file", "loaded_by", "mark_of", "watch_loaders"]
+__all__ = [
+    "FileMark",
+    "Loaded",
+    "call_loader",
+    "check_file",
+    "forget_loaded",
+    "loaded_by",
+    "mark_of",
+    "watch_loaders",
+]
 
 _log = logging.getLogger("legion_shm.supervisor")
 
@@ -160,6 +169,11 @@ _loaded: weakref.WeakKeyDictionary[Any, Loaded] = weakref.WeakKeyDictionary()
 def loaded_by(module: Any) -> Loaded | None:
     """How this torch module was loaded, if a watched loader made it."""
     return _loaded.get(module)
+
+
+def forget_loaded(module: Any) -> None:
+    """This module is no longer what its loader made."""
+    _loaded.pop(module, None)
 
 
 def watch_loaders() -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from legion_shm.errors import UnsupportedValue
+from legion_shm.supervisor.comfy_loaders import forget_loaded
 from legion_shm.supervisor.comfy_models_build import PlanReader
 from legion_shm.supervisor.comfy_models_names import Names
 from legion_shm.supervisor.comfy_models_packages import (
@@ -32,7 +33,7 @@ from legion_shm.transport.codec_registry import ValueType
 from legion_shm.transport.codec_wire import Refusal
 from legion_shm.transport.residence import current_residence
 
-__all__ = ["NAMES", "OBJECT", "TABLE", "allow_models_of", "rebuild", "reduce"]
+__all__ = ["NAMES", "OBJECT", "TABLE", "allow_models_of", "models_changed", "rebuild", "reduce"]
 
 NAMES = Names()
 TABLE = Table(NAMES)
@@ -45,6 +46,33 @@ def allow_models_of(*packages: str) -> None:
     packages' classes and have their functions called by ComfyUI.
     """
     NAMES.allow(*packages)
+
+
+def models_changed(*values: object) -> None:
+    """Say that weights of these models were written in a way that is not noticed by itself.
+
+    ``values``: MODEL, CLIP, VAE and their like, or torch modules. The next time that one is sent, all its
+    weights are copied. docs/models.md says what is noticed. Raises TypeError for what holds no torch module.
+    """
+    modules: list[Any] = []
+    for value in values:
+        found = _modules_in(value, 3)
+        if not found:
+            raise TypeError(f"there is no torch module in a {type(value).__name__}")
+        modules.extend(found)
+    with TABLE.lock:
+        TABLE.changed(modules)
+    for module in modules:
+        forget_loaded(module)
+
+
+def _modules_in(value: object, depth: int) -> list[Any]:
+    if isinstance(value, torch.nn.Module):
+        return [value]
+    found: list[Any] = []
+    for item in cast("dict[str, object]", getattr(value, "__dict__", {})).values() if depth else ():
+        found.extend(_modules_in(item, depth - 1))
+    return found
 
 
 def _versions() -> list[str]:

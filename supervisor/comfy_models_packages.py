@@ -97,14 +97,19 @@ class Table:
             package = self._placed(target, residence, at_rest)
             if residence is not None and isinstance(target, torch.nn.Module):
                 package = self._by_recipe(target, residence, at_rest, package) or package
-            if package is None:
+            if package is None or not self._needs_met(package, residence, sent):
                 package = self._make(target, residence, sent, at_rest)
-        for key in package.needs:
-            if key not in sent.parcels:
-                needed = self._by_key[key]
-                self.parcel(needed.target(), residence, sent, ())
         sent.parcels[package.key] = (package.key, package.plan, package.blobs)
         return package.key
+
+    def _needs_met(self, package: _Package, residence: Residence | None, sent: Sent) -> bool:
+        """Whether the packages that it builds upon are still what they were; they join ``sent``."""
+        for key in package.needs:
+            needed = self._by_key.get(key)
+            target = None if needed is None else needed.target()
+            if target is None or self.parcel(target, residence, sent, ()) != key:
+                return False
+        return True
 
     def _placed(
         self, target: Any, residence: Residence | None, at_rest: Mapping[tuple[int, str], object]
@@ -166,6 +171,9 @@ class Table:
             seen=Seen(target, writer.tensors, at_rest),
             residence=None if residence is None else weakref.ref(residence),
         )
+        former = self._by_object.get(id(target))
+        if former is not None and former.target() is target:
+            self._let_go(former)
         self._note(target, package, self._by_object)
         return package
 
@@ -248,6 +256,30 @@ class Table:
                 package.kept.clear()
         return found
 
+    def changed(self, modules: Iterable[Any] | None = None) -> None:
+        """Take these modules, and those that they are part of, for changed: next time they are sent anew.
+
+        All by default.
+        """
+        wanted = None if modules is None else {id(module) for module in modules}
+        for by_object in (self._by_object, self._recipes):
+            for known, package in tuple(by_object.items()):
+                target = package.target()
+                if wanted is None or target is None or _has_one_of(target, wanted):
+                    del by_object[known]
+                    self._let_go(package)
+                    residence = None if package.residence is None else package.residence()
+                    if residence is not None:
+                        self.weights(residence).forget(package.seen.tensors())
+
+    def _let_go(self, package: _Package) -> None:
+        """Another is sent from now on: processes that have it are told, and its memory is free after them."""
+        self._by_key.pop(package.key, None)
+        residence = None if package.residence is None else package.residence()
+        if residence is not None:
+            residence.forgotten.append(package.key)
+        package.plan, package.blobs = torch.empty(0), []
+
     # --- patchers -------------------------------------------------------------------------------------------
 
     def reduce_patcher(self, patcher: Any) -> object:
@@ -321,6 +353,13 @@ class Table:
             if package.kept:
                 package.kept.append(base)
         return base
+
+
+def _has_one_of(target: Any, wanted: set[int]) -> bool:
+    if id(target) in wanted:
+        return True
+    modules = target.modules() if isinstance(target, torch.nn.Module) else ()
+    return any(id(module) in wanted for module in modules)
 
 
 def _bare(patcher: Any) -> Any:

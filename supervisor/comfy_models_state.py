@@ -61,6 +61,11 @@ class Seen:
         self._tensors = [(weakref.ref(tensor), imprint(tensor)) for tensor in tensors]
         self._shape = _shape(target, at_rest)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that still live."""
+        found = [reference() for reference, _ in self._tensors]
+        return [tensor for tensor in found if tensor is not None]
+
     def unchanged(self, target: Any, at_rest: AtRest) -> bool:
         for reference, known in self._tensors:
             tensor = reference()

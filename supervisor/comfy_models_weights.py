@@ -142,6 +142,13 @@ class Weights:
 
         places[known] = _Place(weakref.ref(tensor, forget), now, blob, offset, tuple(strides))
 
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Place these anew next time."""
+        for tensor in tensors:
+            place = self._places.get(id(tensor))
+            if place is not None and place.tensor() is tensor:
+                del self._places[id(tensor)]
+
     def __len__(self) -> int:
         return len(self._places)
 

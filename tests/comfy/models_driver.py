@@ -461,6 +461,20 @@ def scenario_changed_here(world: World) -> Any:
     found.append(world.apply("ModelsLook", model)[2] == look(world, model)[2])
     unet.out[2].bias = torch.nn.Parameter(torch.ones_like(unet.out[2].bias), requires_grad=False)
     found.append(world.apply("ModelsLook", model)[2] == look(world, model)[2])
+    with torch.inference_mode():
+        unet.out[2].weight.data.view(-1)[1000] += 1  # neither start, middle nor end
+    comfy_models = importlib.import_module("legion_shm.supervisor.comfy_models")
+    before = world.blocks()[0]
+    comfy_models.models_changed(model)
+    found.append(world.apply("ModelsLook", model)[2] == look(world, model)[2])
+    world.wait(lambda: world.blocks()[0] <= before, "what was sent before it changed is still there")
+    clip = world.models.clip()
+    before = run_node("CLIPTextEncode", clip=clip, text="a cat")[0][0]
+    world.apply("CLIPTextEncode", clip, name="clip", text="a cat")
+    clip.tokenizer.clip_l.start_token = 320  # a part of a part
+    here = run_node("CLIPTextEncode", clip=clip, text="a cat")[0][0]
+    there = world.apply("CLIPTextEncode", clip, name="clip", text="a cat")[0][0]
+    found.append(bool(torch.equal(here, there)) and not torch.equal(here, before))
     return found
 
 
