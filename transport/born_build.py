@@ -1,15 +1,18 @@
-"""The shim as a library file: compiled on first use, kept per user.
+"""The shim as a library file: the one that the wheel brought, else compiled on first use and kept per user.
 
-Owns the cache folder and the call of the compiler. Whatever is missing is a reason in words and never an
-error: without the shim, tensors are copied into the arena as they are sent.
+Owns the cache folder and the call of the compiler, for setup.py too, which loads this file by itself: it
+imports nothing of ours at its top. Whatever is missing is a reason in words and never an error: without the
+shim, tensors are copied into the arena as they are sent.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import struct
@@ -18,29 +21,49 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["library_path", "preload_problem"]
+__all__ = ["PREBUILT_NAME", "build_for_wheel", "library_path", "preload_problem"]
+
+PREBUILT_NAME = "born-prebuilt.so"
+"""Beside the source, in wheels that were built where there was a compiler."""
 
 _SOURCE = Path(__file__).with_name("native") / "born.c"
+_PREBUILT = _SOURCE.with_name(PREBUILT_NAME)
 _COMPILE_S = 60.0
 _FLAGS = ("-O2", "-shared", "-fPIC", "-fvisibility=hidden")
+_LIBRARIES = ("-ldl", "-lpthread")
+# Before glibc 2.34 dlsym was in a library of its own, which not every program has loaded.
+_OLDER_LIBRARIES = ("-s", "-Wl,--no-as-needed", "-l:libdl.so.2", "-lpthread")
+_MANYLINUX_MACHINES = ("x86_64", "aarch64")
+_MANYLINUX_LEAST_MINOR = 17  # the oldest glibc that installers of wheels are built for
 _PT_INTERP = 3
 _HEADER_BYTES = 16384
 
 
 @functools.cache
 def library_path() -> tuple[Path | None, str]:
-    """The compiled shim, or None and the reason why there is none. Compiles it (0.3 s) if it is not there."""
+    """The shim, or None and the reason why there is none.
+
+    The wheel's, where it loads; else our own, which is compiled (0.3 s) if it is not there.
+    """
     if not sys.platform.startswith("linux"):
         return None, f"it needs Linux, and this is {sys.platform}"
     if not _runs_on_glibc():
         return None, "it needs glibc"
+    if _preloadable(_PREBUILT) and _loads(_PREBUILT):
+        return _PREBUILT, ""
     try:
         source = _SOURCE.read_bytes()
         key = hashlib.blake2b(source + platform.machine().encode(), digest_size=10).hexdigest()
         folder = _cache_folder()
         path = folder / f"born-{key}.so"
+        if not _preloadable(path):
+            raise OSError(f"LD_PRELOAD takes no path with a space or a colon in it, as {path} has")
         if not _is_ours(path):
-            _compile(path, folder)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                built = Path(scratch, path.name)
+                _compile(built, _LIBRARIES)
+                os.chmod(built, 0o600)
+                os.replace(built, path)
         return path, ""
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return None, f"it could not be built: {error}"
@@ -95,25 +118,65 @@ def _is_ours(path: Path) -> bool:
     return True
 
 
-def _compile(path: Path, folder: Path) -> None:
+def _preloadable(path: Path) -> bool:
+    return not re.search(r"[\s:]", str(path))
+
+
+def _loads(path: Path) -> bool:
+    """Whether this process can load a library that was built elsewhere, and it is of our version."""
+    if not path.is_file():
+        return False
+    from legion_shm.transport.born import SHIM_VERSION
+
+    try:
+        return int(ctypes.CDLL(str(path)).legion_born_version()) == SHIM_VERSION
+    except (AttributeError, OSError):
+        return False
+
+
+def _compile(target: Path, libraries: tuple[str, ...]) -> None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc or clang) here")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = os.path.join(scratch, path.name)
-        done = subprocess.run(
-            [compiler, *_FLAGS, "-o", built, str(_SOURCE), "-ldl", "-lpthread"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_COMPILE_S,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if done.returncode:
-            raise OSError(f"{compiler} ended with {done.returncode}: {done.stderr.strip()[:500]}")
-        os.chmod(built, 0o600)
-        os.replace(built, path)
+    done = subprocess.run(
+        [compiler, *_FLAGS, "-o", str(target), str(_SOURCE), *libraries],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=_COMPILE_S,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise OSError(f"{compiler} ended with {done.returncode}: {done.stderr.strip()[:500]}")
+
+
+def build_for_wheel(target: Path) -> str:
+    """Compile the shim for other machines too; the tag of the platform that it runs on.
+
+    Raises OSError or SubprocessError where it can't be built; ``target`` is gone then.
+    """
+    machine = platform.machine()
+    try:
+        if not sys.platform.startswith("linux") or not _runs_on_glibc():
+            raise OSError("the allocator shim needs Linux with glibc")
+        try:
+            _compile(target, _OLDER_LIBRARIES)
+        except OSError:
+            _compile(target, _LIBRARIES)
+            return f"linux_{machine}"
+        if machine not in _MANYLINUX_MACHINES:
+            return f"linux_{machine}"
+        return f"manylinux_2_{max(_glibc_minor(target), _MANYLINUX_LEAST_MINOR)}_{machine}"
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _glibc_minor(library: Path) -> int:
+    """The glibc 2.x that a library needs, by the newest of the symbol versions that it names."""
+    named: list[bytes] = re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())
+    return max(map(int, named), default=0)
 
 
 def _interpreter(executable: str) -> tuple[str, int]:

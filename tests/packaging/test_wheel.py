@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from legion_shm.transport.born import SHIM_VERSION
 from tests import needs
 
 REPO = Path(__file__).resolve().parents[2]
@@ -39,12 +41,17 @@ def checkout(target: Path, *, links: str) -> Path:
     return target
 
 
-def build(source: Path, out: Path, kind: str) -> Path:
+def build(source: Path, out: Path, kind: str, **env: str) -> Path:
     """Build offline with the setuptools of this environment; ``kind`` is a hook of PEP 517 or 660."""
     out.mkdir()
     code = f"import sys, setuptools.build_meta as b; print(b.{kind}(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code, str(out)],
+        cwd=source,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     return out / done.stdout.split()[-1]
@@ -152,3 +159,72 @@ def test_wheel_built_from_the_source_distribution_is_the_same(tmp_path: Path) ->
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     again = build(unpacked, tmp_path / "again", "build_wheel")
     assert names(again) == names(build(source, tmp_path / "first", "build_wheel"))
+
+
+# --- the allocator shim -------------------------------------------------------------------------------
+
+SHIM = "legion_shm/transport/native/born-prebuilt.so"
+WITHOUT_COMPILER = {"PATH": "/nowhere", "CC": ""}
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
+
+
+def tags(wheel: Path) -> tuple[list[str], str]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        about = Parser().parsestr(archive.read(name).decode())
+    return about.get_all("Tag", []), str(about["Root-Is-Purelib"])
+
+
+@needs_compiler
+def test_a_wheel_that_is_built_beside_a_compiler_carries_the_shim_and_says_where_it_runs(
+    tmp_path: Path,
+) -> None:
+    source = checkout(tmp_path / "source", links="text files")
+    wheel = build(source, tmp_path / "dist", "build_wheel")
+    assert SHIM in names(wheel)
+    ((tag,), pure) = tags(wheel)
+    python, abi, where = tag.split("-")
+    assert (python, abi, pure) == ("py3", "none", "false")
+    assert wheel.name.endswith(f"-{tag}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(SHIM, tmp_path)
+    library = (tmp_path / SHIM).read_bytes()
+    newest = max(int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", library))
+    found = re.fullmatch(r"manylinux_2_(\d+)_(x86_64|aarch64)|linux_\w+", where)
+    assert found is not None, where
+    if found[1]:
+        assert newest <= int(found[1]) == 17, "what is newer is linked by its first version"
+        assert b"libdl.so.2" in library, "before glibc 2.34 dlsym was in there"
+    code = "import ctypes; print(ctypes.CDLL(None).legion_born_version())"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code],
+        env={**os.environ, "LD_PRELOAD": str(tmp_path / SHIM)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout.strip(), done.stderr) == (str(SHIM_VERSION), "")
+    again = build(source, tmp_path / "without", "build_wheel", **WITHOUT_COMPILER)
+    assert SHIM not in names(again), "what an earlier build left is not taken along"
+
+
+def test_without_a_compiler_it_is_a_wheel_for_any_platform(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "source", links="text files")
+    wheel = build(source, tmp_path / "dist", "build_wheel", **WITHOUT_COMPILER)
+    assert not [name for name in names(wheel) if name.endswith(".so")]
+    assert "legion_shm/transport/native/born.c" in names(wheel)
+    assert tags(wheel) == (["py3-none-any"], "true")
+
+
+@needs.posix
+def test_an_editable_install_compiles_nothing(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "source", links="text files")
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\n: > {tmp_path}/asked\nexit 1\n")
+    compiler.chmod(0o755)
+    wheel = build(source, tmp_path / "dist", "build_editable", CC=str(compiler))
+    assert tags(wheel)[0] == ["py3-none-any"]
+    assert not (tmp_path / "asked").exists()

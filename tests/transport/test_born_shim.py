@@ -24,8 +24,9 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder, and nothing known from before."""
+    """An empty cache folder, nothing known from before, and no shim that came with the package."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(born_build, "_PREBUILT", tmp_path / "none")
     library_path.cache_clear()
     yield tmp_path / "legion-shm"
     library_path.cache_clear()
@@ -63,6 +64,60 @@ def test_it_is_built_once_into_a_folder_of_the_users_alone(cache: Path) -> None:
     library_path.cache_clear()
     assert library_path() == (library, "")
     assert library.stat().st_mtime_ns == built_ns
+
+
+@needs_compiler
+def test_the_shim_that_came_with_the_package_is_taken_before_our_own(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prebuilt = tmp_path / born_build.PREBUILT_NAME
+    assert born_build.build_for_wheel(prebuilt)
+    monkeypatch.setattr(born_build, "_PREBUILT", prebuilt)
+    assert library_path() == (prebuilt, "")
+    assert not cache.exists(), "and nothing is compiled"
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["of another machine", "of another version", "where no preload reaches"])
+def test_a_shim_that_is_of_no_use_here_is_passed_over(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    prebuilt = tmp_path / born_build.PREBUILT_NAME
+    if what == "of another machine":
+        prebuilt.write_bytes(b"\x7fELF\x02 and no more")
+    elif what == "of another version":
+        source = tmp_path / "other.c"
+        source.write_text("int legion_born_version(void) { return 999; }\n")
+        subprocess.run([str(COMPILER), "-shared", "-fPIC", "-o", prebuilt, source], check=True)
+    else:
+        prebuilt = tmp_path / "a folder" / born_build.PREBUILT_NAME
+        prebuilt.parent.mkdir()
+        born_build.build_for_wheel(prebuilt)
+    monkeypatch.setattr(born_build, "_PREBUILT", prebuilt)
+    library, _ = library_path()
+    assert library is not None
+    assert library.parent == cache
+
+
+@needs_compiler
+def test_a_cache_where_no_preload_reaches_is_a_reason(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
+    library, reason = library_path()
+    assert library is None
+    assert "no path with a space" in reason
+
+
+@needs_compiler
+def test_what_failed_to_be_built_for_a_wheel_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    target = tmp_path / "born.so"
+    with pytest.raises(OSError, match="ended with 1"):
+        born_build.build_for_wheel(target)
+    assert not target.exists()
 
 
 @needs_compiler
