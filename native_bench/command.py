@@ -41,6 +41,9 @@ Examples:
 @click.option("--from", "from_file", metavar="FILE.json", help="Measure nothing: report on that result.")
 @click.option("--list", "list_ways", is_flag=True, help="Name the ways and whether they can run here.")
 @click.option("--comfyui", metavar="PATH", help="Measure the whole path through this ComfyUI as well.")
+@click.option(
+    "--comfyui-python", metavar="EXE", help="The Python with that ComfyUI's packages, and Legion's."
+)
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 def bench(
     *,

@@ -60,6 +60,7 @@ class Options:
     peers: Sequence[str] | None = None
     rounds: int | None = None
     comfyui: str | None = None
+    comfyui_python: str | None = None
     transfers_only: bool = False
     show: Callable[[str], None] = field(default=_nothing, repr=False)
 
@@ -158,7 +159,10 @@ def _ours(options: Options, note: Callable[[str, str], None]) -> list[Row]:
         ),
         "memory": lambda: life.measure_memory(size=size, show=show),
         "whole path": lambda: whole_path.measure_whole_path(
-            rounds=5 if quick else 30, comfyui=options.comfyui, show=show
+            rounds=5 if quick else 30,
+            comfyui=options.comfyui,
+            comfyui_python=options.comfyui_python,
+            show=show,
         ),
     }
     rows: list[Row] = []

@@ -37,17 +37,26 @@ _WARM_UP = 3
 _LONG_TIMEOUT_S = 300.0  # a ComfyUI may take minutes to start
 
 
-def measure_whole_path(*, rounds: int, comfyui: str | None, show: Callable[[str], None]) -> list[Row]:
+def measure_whole_path(
+    *, rounds: int, comfyui: str | None, comfyui_python: str | None = None, show: Callable[[str], None]
+) -> list[Row]:
     """Both jobs, the first with two sizes, through the graph engine and, if given, that ComfyUI.
 
-    Raises LegionError.
+    ``comfyui_python``: the interpreter that has ComfyUI's packages, and Legion's; ours by default. Raises
+    LegionError.
     """
     from legion_shm.supervisor.api import Supervisor
 
     engines = {"graph": WorkerSpec(engine="graph")}
     if comfyui is not None:
         extra = () if _has_gpu() else ("--cpu",)
-        engines["comfy"] = WorkerSpec(engine="comfy", comfyui_path=comfyui, extra_args=extra)
+        engines["comfy"] = WorkerSpec(
+            engine="comfy",
+            comfyui_path=comfyui,
+            python_executable=comfyui_python,
+            extra_args=extra,
+            startup_timeout_s=_LONG_TIMEOUT_S,
+        )
     glow = json.loads((files("legion_shm") / "demo_data" / "soft_glow.json").read_text(encoding="utf-8"))
     small, large = ("512x512", (1, 512, 512, 3)), ("1080p", (1, 1080, 1920, 3))
     jobs = (

@@ -14,6 +14,7 @@ __all__ = ["MODULES", "all_peers"]
 
 MODULES: Sequence[str] = (
     "legion",
+    "transport_alone",
     "torch_queue",
     "pipe",
     "shared_memory",
