@@ -91,6 +91,7 @@ class Page:
 
     async def picture(self, path: Path) -> None:
         answer = await self.send("Page.captureScreenshot", format="png")
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     async def read(self) -> None:
