@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +10,15 @@ import torch
 
 from legion_shm import Result, Supervisor, WorkerSpec
 from legion_shm.supervisor import spawn
+from legion_shm.transport.born_build import library_path
 from tests.reliability.support import do, hostile
 from tests.system.support import flow, only_worker, pid_of, spec, wait_for
 
 MIB = 1 << 20
 SIZE = 4 * MIB
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
+_, LACKING = library_path()
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"tensors cannot be born in arenas here: {LACKING}")
 
 
 @pytest.fixture
