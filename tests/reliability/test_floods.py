@@ -102,7 +102,7 @@ def test_two_workers_that_flood_starve_no_third(legion: Supervisor, message: str
     floods = [do(legion, FLOOD.format(message=message), name=name) for name in ("one", "two")]
     worst_s, tried = slowest_s(legion, floods[0])
     assert tried > 3
-    assert worst_s < 3.0, "one that is starved waits 7 s and more"
+    assert worst_s < 5.0, "one that is starved waits 7 s and more"
     sent = [flood.result(timeout=60)["output_1"] for flood in floods]
     assert min(sent) > 1000, sent
 
