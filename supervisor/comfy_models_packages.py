@@ -33,7 +33,7 @@ from legion_shm.supervisor.comfy_models_names import Names
 from legion_shm.supervisor.comfy_models_plan import Adapter, PlanWriter
 from legion_shm.supervisor.comfy_models_state import Seen, at_rest_of, standing_in
 from legion_shm.supervisor.comfy_models_weights import Placed, Weights, views
-from legion_shm.transport.residence import Residence, weights_way
+from legion_shm.transport.residence import Residence, weights_go, weights_way
 
 __all__ = ["Parcel", "Sent", "Table", "pack_plan", "unpack_plan"]
 
@@ -98,9 +98,27 @@ class Table:
             if residence is not None and isinstance(target, torch.nn.Module):
                 package = self._by_recipe(target, residence, at_rest, package) or package
             if package is None or not self._needs_met(package, residence, sent):
-                package = self._make(target, residence, sent, at_rest)
+                package = self._make_or_recipe(target, residence, sent, at_rest)
         sent.parcels[package.key] = (package.key, package.plan, package.blobs)
         return package.key
+
+    def _make_or_recipe(
+        self, target: Any, residence: Residence | None, sent: Sent, at_rest: Mapping[tuple[int, str], object]
+    ) -> _Package:
+        """By reference; where that is refused and the caller leaves it to us, by recipe."""
+        try:
+            return self._make(target, residence, sent, at_rest)
+        except UnsupportedValue:
+            if weights_way() != "auto" or residence is None or not isinstance(target, torch.nn.Module):
+                raise
+            with weights_go("recipe"):
+                try:
+                    package = self._by_recipe(target, residence, at_rest, None)
+                except UnsupportedValue:
+                    package = None
+            if package is None:
+                raise
+            return package
 
     def _needs_met(self, package: _Package, residence: Residence | None, sent: Sent) -> bool:
         """Whether the packages that it builds upon are still what they were; they join ``sent``."""

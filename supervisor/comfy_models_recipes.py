@@ -32,6 +32,7 @@ RECIPE = "recipe"
 """What the plan of such a module is called."""
 
 _SPOT = 64
+_DENSE = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -43,6 +44,8 @@ class State:
 
     def __init__(self, target: Any, at_rest: AtRest) -> None:
         self._rows = list(_rows(target, at_rest))
+        self.inference = torch.is_inference_mode_enabled()
+        """Whether the loader ran in inference mode, as in a node: some weights then work in that alone."""
 
     def difference(self, target: Any, at_rest: AtRest) -> str:
         """The path of what is not as it was; empty where all is."""
@@ -98,7 +101,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 def _sample(tensor: torch.Tensor) -> bytes:
     """Bytes of its start, middle and end, wherever it lies."""
     nbytes = tensor.numel() * tensor.itemsize
-    if tensor.is_meta or not nbytes or not tensor.is_contiguous() or type(tensor.data) is not torch.Tensor:
+    if tensor.is_meta or not nbytes or not tensor.is_contiguous() or type(tensor) not in _DENSE:
         return b""
     spots = [(0, nbytes)]
     if nbytes > 3 * _SPOT:
@@ -148,11 +151,12 @@ def recipe_of(target: Any, at_rest: AtRest, names: Names) -> bytes:
         )
     for mark in loaded.files:
         check_file(mark)
-    where = cast("State", loaded.state).difference(target, at_rest)
+    state = cast("State", loaded.state)
+    where = state.difference(target, at_rest)
     if where:
         raise LookupError(f"{kind} is not what its file gives: {where.lstrip('.')} was changed since")
     files = [mark.as_state() for mark in loaded.files]
-    call = _Call([loaded.loader, loaded.part, dict(loaded.arguments), files])
+    call = _Call([loaded.loader, loaded.part, dict(loaded.arguments), files, state.inference])
     try:
         return PlanWriter(names, _Adapter()).write(call)
     except UnsupportedValue as error:
@@ -168,11 +172,12 @@ def load(state: Any) -> tuple[Any, Any]:
     Raises LookupError where this process can't load it, ValueError for a malformed state.
     """
     try:
-        loader, part, arguments, files = state
+        loader, part, arguments, files, inference = state
         marks = [FileMark(*mark) for mark in files]
         if not all(type(mark.path) is str for mark in marks) or type(part) is not int:
             raise ValueError("not a recipe")
         given = {name: item for name, item in arguments.items() if type(name) is str}
     except (TypeError, AttributeError) as error:
         raise ValueError(f"not a recipe: {error}") from error
-    return call_loader(loader, part, given, marks)
+    with torch.inference_mode(mode=bool(inference)):
+        return call_loader(loader, part, given, marks)

@@ -63,7 +63,8 @@ def imprint(tensor: torch.Tensor) -> object:
         version: int | None = tensor._version
     except RuntimeError:  # made in inference mode
         version = None
-    if tensor.is_meta or not tensor.numel():
+    # A subclass, as quantized weights are, may have no memory of its own.
+    if tensor.is_meta or not tensor.numel() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return version, tuple(tensor.shape)
     address = tensor.data_ptr()
     if not tensor.is_cpu:

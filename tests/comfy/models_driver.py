@@ -680,6 +680,37 @@ def scenario_recipes(world: World) -> Any:
     return found
 
 
+def scenario_quantized(world: World) -> Any:
+    """Weights of a kind that can't go by reference go by recipe. [] where there is no such kind."""
+    from safetensors.torch import save_file
+
+    from legion_shm import UnsupportedValue
+
+    torch = world.torch
+    weights: dict[str, Any] = {"scaled_fp8": torch.tensor([], dtype=torch.float8_e4m3fn)}
+    for name, tensor in world.models.unet_weights(seed=60).items():
+        weights[name] = tensor
+        if tensor.dim() == 2 and "attn" in name and name.endswith(".weight"):
+            scale = tensor.abs().max() / 448
+            weights[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            weights[name.removesuffix("weight") + "scale_weight"] = scale.reshape(())
+    folder = world.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "quantized.safetensors")
+    model = run_node("UNETLoader", unet_name="quantized.safetensors", weight_dtype="default")
+    if all(type(item) is torch.nn.Parameter for item in model.model.parameters()):
+        return []
+    found: list[Any] = []
+    for way in ("auto", "recipe", "auto"):
+        there = world.sampled_there(model, spec=world.spec.model_copy(update={"models": way}))
+        found.append(world.same(world.sampled(model), there))
+    try:
+        world.sampled_there(model, spec=world.spec.model_copy(update={"models": "reference"}))
+    except UnsupportedValue as error:
+        found.append(str(error).startswith("input_1.model."))
+    return found
+
+
 def scenario_worker_killed(world: World) -> Any:
     """Last: a worker that holds a model dies; the master lets go of the model; nothing stays."""
     gc.collect()

@@ -66,7 +66,7 @@ class ModelsWrite(_Probe):
 
     def run(self, value: Any) -> tuple[Any]:
         module = torch_module(value)
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode():
             for parameter in module.parameters():
                 parameter.data.add_(1.0)
         return (digest(module.state_dict().values()),)

@@ -250,3 +250,9 @@ def test_auto_sends_by_reference_and_by_recipe_only_where_the_arena_has_no_room(
     assert told["recipes"]["no room"]
     assert told["recipes"]["room"] > 100_000_000
     assert told["recipes"]["changed, auto"]
+
+
+def test_quantized_weights_which_can_not_go_by_reference_go_by_recipe(told: dict[str, Any]) -> None:
+    if not told["quantized"]:
+        pytest.skip("this ComfyUI has no tensors of such a kind")
+    assert told["quantized"] == [True, True, True, True]
