@@ -86,7 +86,7 @@ def check_goals(rows: Sequence[Row]) -> tuple[Goal, ...]:
         _goal("shared memory left after idling", "0 MB", left, "{:.1f} MB", lambda value: value == 0)
     )
     first = ratio(
-        figures.get("start", "first_use", "time", _MB25),
+        figures.get("start", "first_transfer", "time", _MB25),
         figures.get("limit", "copy_fresh_memfd", "time", _MB25),
     )
     goals.append(_factor_at_most("first 25 MB to a new worker over a fresh memfd copy", first, 1.0))

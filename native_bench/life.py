@@ -27,6 +27,7 @@ from legion_shm.native_bench.peers.legion import WORKER_NODES, job_of
 from legion_shm.native_bench.schedule import Size
 from legion_shm.native_bench.summary import summarize
 from legion_shm.supervisor.api import Supervisor
+from legion_shm.supervisor.result import Result
 
 __all__ = ["measure_memory", "measure_starts", "measure_throughput"]
 
@@ -41,7 +42,8 @@ def _spec(number: int = 0, **fields: Any) -> WorkerSpec:
 
 def measure_starts(*, rounds: int, size: Size, show: Callable[[str], None]) -> list[Row]:
     """Cold (a supervisor's first worker), following (another one), replacement (after a ``kill -9``), and the
-    first tensor of a size through a supervisor and a worker that have just been started. Raises LegionError.
+    first tensor of a size through a supervisor and a worker that have just been started: the whole job, in
+    which a node class also runs for the first time, and the transfer alone. Raises LegionError.
     """
     samples: dict[str, list[float]] = {}
     for number in range(rounds):
@@ -50,7 +52,7 @@ def measure_starts(*, rounds: int, size: Size, show: Callable[[str], None]) -> l
             samples.setdefault(name, []).append(value)
     rows: list[Row] = []
     for name, values in samples.items():
-        sized = {"size_bytes": size.nbytes, "size": size.label} if name == "first_use" else {}
+        sized = {"size_bytes": size.nbytes, "size": size.label} if name.startswith("first_") else {}
         rows.append(Row.of("start", name, "time", summarize(values), **cast("Any", sized)))
     return rows
 
@@ -63,9 +65,14 @@ def _one_life(size: Size) -> dict[str, float]:
         first, second = _spec(1), _spec(2)
         took["cold"] = _timed(lambda: _empty(legion, first))
         tensor = payload.make(order)
-        touched: list[object] = []
-        took["first_use"] = _timed(lambda: touched.append(_touch(legion, first, tensor)))
-        _check(touched[0], order)
+        results: list[Result] = []
+        job = job_of("BenchTouch")
+        took["first_use"] = _timed(
+            lambda: results.append(legion.submit(job, inputs=[tensor], spec=first).result(timeout=TIMEOUT_S))
+        )
+        _check(results[0]["output_1"], order)
+        stats = results[0].stats
+        took["first_transfer"] = 1e6 * (stats.encode_s + stats.queue_s + stats.to_worker_s + stats.decode_s)
         took["following"] = _timed(lambda: _empty(legion, second))
         pid = next(each.pid for each in legion.workers() if each.pid and each.spec_key == second.key)
         os.kill(pid, signal.SIGKILL)
@@ -157,11 +164,6 @@ def _held_bytes() -> int:
 
 def _empty(legion: Supervisor, spec: WorkerSpec) -> None:
     legion.submit(job_of("BenchEmpty"), inputs=[1], spec=spec).result(timeout=TIMEOUT_S)
-
-
-def _touch(legion: Supervisor, spec: WorkerSpec, tensor: Any) -> object:
-    job = legion.submit(job_of("BenchTouch"), inputs=[tensor], spec=spec)
-    return job.result(timeout=TIMEOUT_S)["output_1"]
 
 
 def _check(touched: object, order: Order) -> None:

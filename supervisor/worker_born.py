@@ -48,6 +48,7 @@ class BornBlocks:
         self._unsent: set[int] = set()
         self._active = shim.reserve(RESERVED_BYTES)
         self._may_grow = True
+        self._copied_bytes = self._copied_largest = 0
 
     @property
     def total_bytes(self) -> int:
@@ -70,6 +71,9 @@ class BornBlocks:
         would see.
         """
         block = self._shim.find(address) if self._segments else None
+        if block is None and nbytes >= BORN_MIN_BYTES:
+            self._copied_bytes += nbytes
+            self._copied_largest = max(self._copied_largest, nbytes)
         if block is None or address + nbytes > block.start + block.nbytes:
             return None
         if block.held:
@@ -116,14 +120,19 @@ class BornBlocks:
         return True
 
     def make_room(self) -> bool:
-        """Between jobs: a region for what did not fit in the last ones. Whether one was added."""
-        if not self._active:
+        """Between jobs: a region for what was copied in the last ones for want of room. Whether one was added.
+
+        What found no room and was not sent needs none: a node's intermediate tensors, a model's weights.
+        """
+        if not self._active or not self._copied_bytes or not self._may_grow:
             return False
+        copied, self._copied_bytes = self._copied_bytes, 0
+        largest, self._copied_largest = self._copied_largest, 0
         numbers = self._shim.numbers()
-        if not numbers.missed_bytes or not self._may_grow:
-            return False
         total = self.total_bytes
-        wanted = max(numbers.missed_largest, min(numbers.missed_bytes, total // _GROWTH_DIVISOR))
+        wanted = min(max(largest, min(copied, total // _GROWTH_DIVISOR)), numbers.missed_bytes)
+        if not wanted or numbers.missed_largest < largest:
+            return False
         size = round_up(wanted, _SEGMENT_STEP_BYTES)
         if total + size > self._quota_bytes:
             return False

@@ -175,6 +175,30 @@ def test_where_the_quota_is_used_up_copies_go_on() -> None:
         assert float(result["output_1"].max()) == 9.0
 
 
+def test_what_nodes_make_for_themselves_takes_no_shared_memory(legion: Supervisor, tmp_path: Path) -> None:
+    module = tmp_path / "inside.py"
+    module.write_text(
+        "import torch\n"
+        "class Inside:\n"
+        "    RETURN_TYPES = ('*',)\n"
+        "    FUNCTION = 'run'\n"
+        "    @classmethod\n"
+        "    def INPUT_TYPES(cls):\n"
+        "        return {'required': {'seed': ('INT',)}}\n"
+        "    def run(self, seed):\n"
+        f"        return (float(torch.full(({SIZE // 4},), float(seed)).max()),)\n"
+        "NODE_CLASS_MAPPINGS = {'Inside': Inside}\n"
+    )
+    for seed in range(4):
+        workflow = {
+            "node": {"class_type": "Inside", "inputs": {"seed": seed}},
+            "out": {"class_type": "LegionExporter", "inputs": {"input_1": ["node", 0]}},
+        }
+        result = legion.submit(workflow, spec=spec(node_modules=(str(module),))).result(timeout=60)
+        assert result["output_1"] == seed
+    assert only_worker(legion).arena_bytes == 0
+
+
 def test_memory_goes_back_to_the_system_when_idle() -> None:
     with Supervisor(segments="memfd", idle_trim_s=0.3, lease_flush_s=0.005) as legion:
         warm(legion)
