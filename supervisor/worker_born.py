@@ -120,7 +120,7 @@ class BornBlocks:
         return True
 
     def make_room(self) -> bool:
-        """Between jobs: a region for what was copied in the last ones for want of room. Whether one was added.
+        """Between jobs: a region for what was copied lately for want of room. Whether one was added.
 
         What found no room and was not sent needs none: a node's intermediate tensors, a model's weights.
         """
