@@ -339,6 +339,9 @@ class Lending:
             memory.free(handle)
         if own:
             self._idle_since_s = None if memory.in_use() else now
+            if memory.cold:
+                with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                    self._helpers.submit(memory.warm)
         if memory.wants_room:
             with contextlib.suppress(RuntimeError):
                 self._helpers.submit(memory.make_room)

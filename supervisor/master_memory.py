@@ -216,6 +216,14 @@ class MasterMemory:
         if self._born is None or not self._born.free(handle):
             self._arena.free(handle)
 
+    @property
+    def cold(self) -> bool:
+        return self._arena.cold
+
+    def warm(self) -> None:
+        """Map what was made copy-on-write and is free again, so that the next copy finds it ready."""
+        self._arena.warm()
+
     def in_use(self) -> bool:
         """Whether any block of the own arena may be looked at by somebody."""
         return bool(self._arena.stats().blocks or (self._born is not None and self._born.published))

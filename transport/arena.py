@@ -185,6 +185,17 @@ class Arena:
             if handle in self._isolated:
                 self._rejoin(handle)
 
+    @property
+    def cold(self) -> bool:
+        """Whether blocks that were isolated and freed have pages to be mapped before they are used again."""
+        return any(segment.cold for segment in tuple(self._segments.values()))
+
+    def warm(self) -> None:
+        """Map those pages now (25 MB: 1 ms), from a thread that has nothing better to do."""
+        self._check_process()
+        for segment in tuple(self._segments.values()):
+            segment.warm()
+
     def trim(self) -> list[int]:
         """Close the wholly free segments and return their ids, the largest first."""
         self._check_process()

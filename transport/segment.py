@@ -89,6 +89,14 @@ class Segment(ABC):
     def rejoin(self, offset: int, nbytes: int) -> None:
         """Owner: undo `isolate`; what was written since is dropped."""
 
+    @property
+    def cold(self) -> bool:
+        """Owner: whether `rejoin` left pages that have to be mapped again before they are used."""
+        return False
+
+    def warm(self) -> None:  # noqa: B027 - most kinds have nothing to do
+        """Owner: map them now, from any thread; who reserves them meanwhile does it otherwise."""
+
     @abstractmethod
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
         """Owner: whether the shared mapping still shows what others see and can be isolated."""

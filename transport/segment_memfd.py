@@ -25,6 +25,7 @@ from legion_shm.errors import InvalidHandle
 from legion_shm.transport.dirty import may_be_written
 from legion_shm.transport.handles import BLOCK_ALIGN, round_up
 from legion_shm.transport.segment import BlockMapping, Segment, SegmentKind
+from legion_shm.transport.spans import Spans
 
 __all__ = ["MemfdSegment"]
 
@@ -45,6 +46,7 @@ _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: nobody can 
 _MAX_LANES = 4
 """Whole-segment mappings kept for reuse; a fifth simultaneous view of one block gets a mapping of its own."""
 
+_WARM_STEP_BYTES = 8 * 1024 * 1024  # at a time, with the lock held: 0.3 ms
 _POPULATE_MAX_BYTES = 256 * 1024 * 1024
 """Larger blocks are mapped page by page as they are read: a model's weights may be delivered often and read
 the first time only."""
@@ -78,17 +80,16 @@ class _Memory:
         self.address = _mmap(None, nbytes, flags, fd, offset)
         # Only a system call: this may run inside a garbage collection, in any thread.
         weakref.finalize(self, _munmap, self.address, nbytes).atexit = False
-        self._populated: dict[int, int] = {}
+        self._populated = Spans()
 
     def populate(self, offset: int, nbytes: int, advice: int) -> None:
         """Map these pages now, unless this was done. A hint: older kernels refuse it, then faults do it."""
-        if self._populated.get(offset, 0) < offset + nbytes:
+        if not self._populated.covers(offset, offset + nbytes):
             _libc.madvise(self.address + offset, nbytes, advice)
-            self._populated[offset] = offset + nbytes
+            self._populated.add(offset, offset + nbytes)
 
     def forget_populated(self, offset: int, nbytes: int) -> None:
-        for start in [s for s, end in self._populated.items() if s < offset + nbytes and end > offset]:
-            del self._populated[start]
+        self._populated.remove(offset, offset + nbytes)
 
 
 class _Lane(_Memory):
@@ -166,7 +167,8 @@ class MemfdSegment(Segment):
         self.lock = Lock()
         self._fd = fd
         self._shared: _Memory | None = None
-        self._isolated: dict[int, int] = {}  # spans that are copy-on-write for their owner
+        self._isolated = Spans()  # copy-on-write for their owner
+        self._cold = Spans()  # shared again, and not mapped yet
         self._lanes: list[_Lane] = []
 
     @classmethod
@@ -221,6 +223,7 @@ class MemfdSegment(Segment):
         memory = self._shared_memory()
         with self.lock:
             memory.populate(offset, round_up(nbytes), _MADV_POPULATE_WRITE)
+            self._cold.remove(offset, offset + round_up(nbytes))
 
     def map_block(self, offset: int, nbytes: int) -> BlockMapping:
         span = round_up(nbytes)
@@ -242,39 +245,54 @@ class MemfdSegment(Segment):
 
     def isolate(self, offset: int, nbytes: int) -> bool:
         try:
-            done = self._remap(offset, round_up(nbytes), mmap.MAP_PRIVATE | _MAP_NORESERVE)
+            return self._remap(offset, round_up(nbytes), isolated=True)
         except OSError as error:
             if error.errno in (errno.ENOMEM, errno.EAGAIN):  # out of address ranges: vm.max_map_count
                 return False
             raise
-        if done:
-            with self.lock:
-                self._isolated[offset] = offset + round_up(nbytes)
-        return done
 
     def rejoin(self, offset: int, nbytes: int) -> None:
-        if self._remap(offset, round_up(nbytes), mmap.MAP_SHARED):
+        self._remap(offset, round_up(nbytes), isolated=False)
+
+    @property
+    def cold(self) -> bool:
+        return bool(self._cold)
+
+    def warm(self) -> None:
+        while True:
             with self.lock:
-                self._isolated.pop(offset, None)
+                span = self._cold.take()
+                if span is None or self._shared is None or self._fd < 0:
+                    return
+                start, end = span
+                if end - start > _WARM_STEP_BYTES:
+                    end = start + _WARM_STEP_BYTES
+                    self._cold.add(end, span[1])
+                self._shared.populate(start, end - start, _MADV_POPULATE_WRITE)
 
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
         if self._fd < 0:
             return False
         with self.lock:
-            spans = tuple(self._isolated.items())
-        if not any(start < offset + nbytes and offset < end for start, end in spans):
+            isolated = self._isolated.touches(offset, offset + nbytes)
+        if not isolated:
             return True  # the owner still writes where everybody looks: there is no page to be looked through
         return not may_be_written(self.shared_address() + offset, nbytes)
 
-    def _remap(self, offset: int, span: int, flags: int) -> bool:
+    def _remap(self, offset: int, span: int, *, isolated: bool) -> bool:
         if span <= 0 or offset < 0 or offset % BLOCK_ALIGN or offset + span > self.nbytes:
             raise ValueError(f"{span} bytes at {offset} are not pages of this segment")
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if isolated else mmap.MAP_SHARED
         with self.lock:
             memory = self._shared
             if memory is None or self._fd < 0:
                 return False
             _mmap(memory.address + offset, span, flags | _MAP_FIXED, self._fd, offset)
             memory.forget_populated(offset, span)
+            # Cold pages are never isolated ones: to populate those for writing would copy them.
+            gains, loses = (self._isolated, self._cold) if isolated else (self._cold, self._isolated)
+            gains.add(offset, offset + span)
+            loses.remove(offset, offset + span)
             return True
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import gc
 import mmap
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -358,6 +359,35 @@ def test_an_isolated_block_hides_its_owners_writes_until_it_rejoins(memfd: Segme
 
 
 @needs.linux
+def resident_pages(segment: Segment) -> int:
+    """How many pages of the shared mapping this process has mapped."""
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(segment.shared_address() // PAGE * 8)
+        entries = pagemap.read(segment.nbytes // PAGE * 8)
+    return sum(entry >> 63 for (entry,) in struct.iter_unpack("<Q", entries))
+
+
+def test_what_rejoins_is_mapped_ahead_of_its_next_use_and_what_is_isolated_is_not(
+    memfd: Segment,
+) -> None:
+    memfd.prefault(0, 8 * PAGE)
+    assert memfd.isolate(0, 4 * PAGE)
+    assert memfd.isolate(4 * PAGE, 4 * PAGE)
+    assert not memfd.cold
+    memfd.rejoin(0, 4 * PAGE)
+    assert memfd.cold
+    assert resident_pages(memfd) == 0
+    memfd.warm()
+    assert not memfd.cold
+    assert resident_pages(memfd) == 4
+    assert memfd.isolated_clean(4 * PAGE, 4 * PAGE)
+    memfd.rejoin(4 * PAGE, 4 * PAGE)
+    assert memfd.isolate(4 * PAGE, 4 * PAGE)  # used again before anybody came to map it
+    memfd.warm()
+    assert resident_pages(memfd) == 4
+    assert memfd.isolated_clean(4 * PAGE, 4 * PAGE)
+
+
 def test_isolation_after_close_is_refused_and_touches_nothing(memfd: Segment) -> None:
     memory, address = memfd.shared_memory(), memfd.shared_address()
     put(address, b"hello")
