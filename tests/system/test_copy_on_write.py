@@ -183,13 +183,15 @@ def test_resident_tensors_cost_no_copy_and_are_isolated(legion: Supervisor) -> N
     assert legion.share(torch.tensor(2.5)).item() == 2.5
 
 
-def test_a_resident_block_that_was_sent_is_made_ready_for_its_next_use(legion: Supervisor) -> None:
-    value = legion.empty((MEGABYTE_OF_FLOATS,), torch.float32)
-    value.fill_(1.0)
-    finish(legion, "TestAdd", value)
-    del value
-    wait_for(lambda: not legion._memory.stats().blocks, "the block is free")
-    wait_for(lambda: not legion._memory.cold, "its pages are mapped again")
+@pytest.mark.parametrize("segments", KINDS)
+def test_a_resident_block_that_was_sent_is_made_ready_for_its_next_use(segments: SegmentKind) -> None:
+    with Supervisor(segments=segments, idle_trim_s=600.0) as legion:
+        value = legion.empty((MEGABYTE_OF_FLOATS,), torch.float32)
+        value.fill_(1.0)
+        finish(legion, "TestAdd", value)
+        del value
+        wait_for(lambda: not legion._memory.stats().blocks, "the block is free")
+        wait_for(lambda: not legion._memory.cold, "its pages are mapped again")
 
 
 @pytest.mark.parametrize("segments", KINDS)
