@@ -25,7 +25,7 @@ BORN_MIN_BYTES = 1 << 20
 _SEGMENT_STEP_BYTES = 2 << 20
 RESERVED_BYTES = 1 << 40  # addresses only: regions come and go, and leave gaps
 QUOTA_DIVISOR = 4  # of the arena's quota, so that there is always room for copies
-_GROWTH_DIVISOR = 4
+_BESIDE = 4  # a node's own tensors that live beside the one that is sent
 WHOLE_DIVISOR = 4  # a view of less than a quarter of its block is copied, and does not keep the whole of it
 
 
@@ -122,15 +122,16 @@ class BornBlocks:
     def make_room(self) -> bool:
         """Between jobs: a region for what was copied lately for want of room. Whether one was added.
 
-        What found no room and was not sent needs none: a node's intermediate tensors, a model's weights.
+        What found no room and was not sent needs none: a node's intermediate tensors, a model's weights. But
+        where there is a region and it was not enough, those have taken it: then a few of them get room.
         """
         if not self._active or not self._copied_bytes or not self._may_grow:
             return False
-        copied, self._copied_bytes = self._copied_bytes, 0
+        self._copied_bytes = 0
         largest, self._copied_largest = self._copied_largest, 0
         numbers = self._shim.numbers()
         total = self.total_bytes
-        wanted = min(max(largest, min(copied, total // _GROWTH_DIVISOR)), numbers.missed_bytes)
+        wanted = min(total + _BESIDE * largest if total else largest, numbers.missed_bytes)
         if not wanted or numbers.missed_largest < largest:
             return False
         size = round_up(wanted, _SEGMENT_STEP_BYTES)

@@ -215,8 +215,7 @@ def test_nothing_that_handles_what_others_sent_can_unpickle_or_execute_it() -> N
         "supervisor/spawn.py": {"reduction"},  # from a parent to its own child, before there is any wire
         "supervisor/spawn_windows.py": {"reduction"},  # the same
         "supervisor/zygote_wire.py": {"pickle"},  # from a parent to its own zygote, over a socketpair
-        "supervisor/comfy_start.py": {"exec"},  # ComfyUI's own main.py, which spec.comfyui_path names
-        "supervisor/comfy_preload.py": {"exec"},  # the same
+        "supervisor/comfy_main.py": {"exec"},  # ComfyUI's own main.py, which spec.comfyui_path names
     }
 
 
