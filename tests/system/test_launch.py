@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +14,11 @@ import pytest
 
 from legion_shm.cli import main
 from legion_shm.supervisor.worker_env import LAUNCHED
+from legion_shm.transport.born_build import library_path
 from tests.system.support import script_env
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
+_, LACKING = library_path()
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"tensors cannot be born in arenas here: {LACKING}")
 
 MIB = 1 << 20
 PRELUDE = f"""
