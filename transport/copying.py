@@ -2,8 +2,8 @@
 
 Owns the one helper thread that takes half of a large copy, and the choice whether it does: two threads are
 up to twice as fast where a processor is idle and memory is faster than one of them, and slower where not, so
-what copies took here lately decides. It knows nothing of tensors or blocks, and never checks an address: its
-callers do.
+what copies of about that size took here lately decides. It knows nothing of tensors or blocks, and never
+checks an address: its callers do.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Chooser:
 
 
 _helper = _Helper()
-_chooser = Chooser()
+_choosers: dict[int, Chooser] = {}  # by the size's bit length: where small copies lose, large ones may gain
 
 
 def _renew_helper() -> None:
@@ -116,10 +116,11 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
         ctypes.memmove(dst_address, src_address, nbytes)
         return
     started_s = time.perf_counter()
-    two = _chooser.two() and _copy_by_two(dst_address, src_address, nbytes)
+    chooser = _choosers.setdefault(nbytes.bit_length(), Chooser())
+    two = chooser.two() and _copy_by_two(dst_address, src_address, nbytes)
     if not two:
         ctypes.memmove(dst_address, src_address, nbytes)
-    _chooser.took(two, nbytes, time.perf_counter() - started_s)
+    chooser.took(two, nbytes, time.perf_counter() - started_s)
 
 
 def _copy_by_two(dst_address: int, src_address: int, nbytes: int) -> bool:

@@ -15,7 +15,7 @@ from tests import needs
 
 @pytest.fixture(autouse=True)
 def nothing_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "_chooser", Chooser())
+    monkeypatch.setattr(copying, "_choosers", {})
 
 
 def buffers(nbytes: int) -> tuple[ctypes.Array[ctypes.c_ubyte], bytes]:
@@ -127,6 +127,12 @@ def test_the_faster_way_to_copy_is_taken_and_the_other_is_tried_again_now_and_th
     chosen = _chosen(Chooser(every=24), {False: 1.0, True: 2.0}, 10 + 240)
     assert set(chosen[:10]) == {True, False}
     assert chosen[10:].count(True) == 10
+
+
+def test_each_size_has_a_choice_of_its_own() -> None:
+    for nbytes in (SPLIT_MIN_BYTES, 4 * SPLIT_MIN_BYTES, 4 * SPLIT_MIN_BYTES + 1):
+        assert copied(nbytes)
+    assert len(copying._choosers) == 2
 
 
 def test_when_two_threads_become_the_faster_way_copies_are_shared_again() -> None:
