@@ -135,7 +135,8 @@ def with_limits(rows: Sequence[Row]) -> list[Row]:
     """The rows with the limit that each stands against.
 
     A round trip of private tensors can't beat two warm copies on two threads and using both tensors; one by
-    handle can't beat using them. Waking there and back comes on top (futex; half of it one way).
+    handle can't beat using them; one on a GPU, two copies within it. Waking there and back comes on top
+    (futex; half of it one way).
     """
     medians = {(row.case, row.size_bytes): row.median for row in rows if row.section == "limit"}
     wake = medians.get(("wake_futex", 0))
@@ -153,6 +154,9 @@ def with_limits(rows: Sequence[Row]) -> list[Row]:
                 copy, words = 0.0, "wake, use"
             else:
                 words = "wake, warm copies on up to 2 threads, use"
+            if row.use == "cuda":
+                copy, use = (medians.get((name, row.size_bytes)) for name in ("cuda_copy", "cuda_read"))
+                words = "wake, copies within the GPU, use"
             if use is not None and copy is not None:
                 bound = ways * (copy + use) + wake * ways / 2
         elif row.section == "control" and row.case != "zeromq-bare" and zeromq is not None:

@@ -117,7 +117,7 @@ def exchange_once(case: Case, order: Order) -> Taken:
 def order_for(peer: Peer, shape: tuple[int, ...], how: Use, number: int, *, corrupt: bool = False) -> Order:
     seed = 2 * number + 1
     reply_seed = seed if peer.echoes else seed + 1
-    return Order(shape, how, seed, reply_seed, peer.content, corrupt)
+    return Order(shape, how, seed, reply_seed, peer.content, corrupt, peer.device)
 
 
 def prove_check(case: Case, shape: tuple[int, ...]) -> None:

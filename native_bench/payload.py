@@ -7,7 +7,7 @@ all share, compared byte by byte outside of the timed window (`problem_of`). It 
 clock.
 
 numpy does the work, because its loops run on the calling thread: torch's own threads would go on spinning for
-a while afterwards, on the processors that the next measurement needs.
+a while afterwards, on the processors that the next measurement needs. On a GPU torch does it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 __all__ = [
     "PAGE_BYTES",
+    "Device",
     "Order",
     "Use",
     "as_tensor",
@@ -31,6 +32,7 @@ __all__ = [
     "problem_of",
     "to_tensor",
     "use",
+    "use_by_torch",
 ]
 
 PAGE_BYTES = 4096
@@ -38,6 +40,9 @@ Use = Literal["touch", "read", "none"]
 """``touch``: one word of each page; ``read``: every byte; ``none``: the tensor is only taken in hand."""
 
 Content = Literal["pattern", "picture"]
+
+Device = Literal["cpu", "cuda"]
+"""``cuda``: the first GPU that the process sees."""
 
 _PAGE_WORDS = PAGE_BYTES // 8
 _BLOCK_WORDS = 1 << 17
@@ -62,6 +67,7 @@ class Order:
     reply_seed: int
     content: Content = "pattern"
     corrupt: bool = False
+    device: Device = "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +89,7 @@ class Order:
 def make(order: Order, *, reply: bool = False, into: Any = None) -> Any:
     """A fresh private float32 tensor of the order's shape and contents (those of the reply, if asked).
 
-    ``into``: an uninitialized tensor to fill instead.
+    ``into``: an uninitialized tensor of the CPU to fill instead. On a GPU all is there when this returns.
     """
     import torch
 
@@ -95,15 +101,29 @@ def make(order: Order, *, reply: bool = False, into: Any = None) -> Any:
         _fill_pattern(_words(tensor), seed)
     if reply and order.corrupt:
         tensor.numpy().reshape(-1).view(np.uint8)[-1] ^= 0x55
-    return tensor
+    if order.device == "cpu":
+        return tensor
+    placed = tensor.to(order.device)
+    getattr(torch, order.device).synchronize()
+    return placed
 
 
 def use(tensor: Any, how: Use) -> int:
     """Use the tensor as the order says; the number is `expected_use`'s where all has come."""
     if how == "none":
         return 0
+    if not tensor.is_cpu:
+        return use_by_torch(tensor, how)
     words = _words(tensor)
     return int((words[::_PAGE_WORDS] if how == "touch" else words).sum(dtype=np.uint64))
+
+
+def use_by_torch(tensor: Any, how: Use) -> int:
+    """As `use`, by torch on the tensor's own device; it has been done when this returns."""
+    import torch
+
+    words = tensor.reshape(-1).view(torch.int64)
+    return int((words[::_PAGE_WORDS] if how == "touch" else words).sum()) & _MASK
 
 
 def expected_use(order: Order, *, reply: bool = False) -> int | None:
@@ -139,6 +159,9 @@ def problem_of(tensor: Any, order: Order, *, reply: bool = False) -> str:
     seed = order.reply_seed if reply else order.seed
     if tuple(tensor.shape) != order.shape or str(tensor.dtype) != "torch.float32":
         return f"expected float32 {order.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+    if tensor.device.type != order.device:
+        return f"expected a tensor on {order.device}, got one on {tensor.device}"
+    tensor = tensor.cpu()
     if order.content == "picture":
         return _picture_problem(tensor.numpy(), seed)
     words = _words(tensor)

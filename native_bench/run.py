@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from legion_shm import __version__
 from legion_shm.errors import BenchmarkError, ContentsDiffer, LegionError, PeerFailed
+from legion_shm.native_bench.cuda_limits import measure_cuda_limits
 from legion_shm.native_bench.goals import check_goals
 from legion_shm.native_bench.limits import Limits, measure_limits, with_limits
 from legion_shm.native_bench.machine import describe_machine, describe_packages, gpu_reason
@@ -95,6 +96,7 @@ def run(options: Options) -> Result:
     reason = measure_limits(fitting, quick=options.quick, limits=limits, show=options.show)
     if reason:
         note("physical limits, and ratios to them", reason)
+    limits.add(measure_cuda_limits(fitting, rounds=10 if options.quick else 30))
     rows: list[Row] = []
     cases: list[Case] = []
     proved: set[str] = set()
@@ -110,13 +112,17 @@ def run(options: Options) -> Result:
                 case.failed = str(error)
                 note(case.peer.name, str(error))
         for size in fitting:
+            on_cpu = [case for case in cases if case.peer.device == "cpu"]
             for how in _uses(size, quick=options.quick):
-                rows += _transfer_rows(_measure(cases, size, how, options, note), size, how)
+                rows += _transfer_rows(_measure(on_cpu, size, how, options, note), size, how)
+            on_gpu = [case for case in cases if case.peer.device == "cuda"]
+            if on_gpu:
+                rows += _transfer_rows(_measure(on_gpu, size, "read", options, note), size, "cuda")
     if options.peers is None or "ours" in options.peers or "legion" in options.peers:
         rows += _ours(options, note)
     if not reason:
         measure_limits(fitting, quick=options.quick, limits=limits, show=options.show)
-        rows += limits.rows(fitting)
+    rows += limits.rows(fitting)
     rows = with_limits(rows)
     for what in _unmeasured(options):
         note(*what)
@@ -137,7 +143,9 @@ def run(options: Options) -> Result:
 
 def _unmeasured(options: Options) -> list[tuple[str, str]]:
     """What this run leaves out by its options or for want of hardware."""
-    left = [("transfers of tensors on a GPU", gpu_reason() or "see `legion doctor`, which checks them")]
+    left: list[tuple[str, str]] = []
+    if reason := gpu_reason():
+        left.append(("transfers of tensors on a GPU", reason))
     if options.quick:
         left.append(("all sizes, reads of small tensors, more samples", "--quick was given"))
     if options.comfyui is None:
@@ -217,7 +225,7 @@ def _measure(
     )
 
 
-def _transfer_rows(sampled: Sampled, size: Size, how: Use) -> list[Row]:
+def _transfer_rows(sampled: Sampled, size: Size, how: str) -> list[Row]:
     rows: list[Row] = []
     for name, taken in sampled.taken.items():
         if not taken:
@@ -241,9 +249,9 @@ def _transfer_rows(sampled: Sampled, size: Size, how: Use) -> list[Row]:
     return rows
 
 
-def _hop_rows(name: str, taken: Sequence[Taken], size: Size, how: Use) -> list[Row]:
+def _hop_rows(name: str, taken: Sequence[Taken], size: Size, how: str) -> list[Row]:
     """Where the round trips went; ``other``: the use of the answer, checks, hand-overs between threads."""
-    if how != "touch" or not taken[0].hops:
+    if how not in ("touch", "cuda") or not taken[0].hops:
         return []
     samples: dict[str, list[float]] = {hop: [each.hops[hop] for each in taken] for hop in taken[0].hops}
     samples[OTHER] = [max(0.0, each.round_trip_us - sum(each.hops.values())) for each in taken]

@@ -68,6 +68,8 @@ def transfer_titles() -> dict[tuple[str, str], str]:
         (_ONE, "touch"): "One way, one word of each page used, median ms",
         (_ONE, "read"): "One way, read whole, median ms",
         (_ROUND, "none"): "Round trip of the handle alone, median ms",
+        (_ROUND, "cuda"): "Round trip of tensors on a GPU, read whole there, median ms",
+        (_ONE, "cuda"): "One way, tensors on a GPU, read whole there, median ms",
     }
 
 

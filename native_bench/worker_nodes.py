@@ -21,7 +21,7 @@ class _Responder(Responder):
     """``private``: the answer lies in memory that no allocator of this process can have put into an arena."""
 
     def prepare_as(self, order: Order, *, private: bool) -> None:
-        if not private:
+        if not private or order.device != "cpu":
             self.prepare(order)
             return
         import torch
@@ -82,7 +82,7 @@ class BenchSpoil(_BenchNode):
     def run(self, value: Any = None) -> tuple[object]:
         _responder.take(value)
         spoiled = value.clone()
-        spoiled.numpy().reshape(-1)[-1] += 1
+        (spoiled.numpy() if spoiled.is_cpu else spoiled).reshape(-1)[-1] += 1
         return (spoiled,)
 
 

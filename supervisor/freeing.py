@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FreedMemory", "Freeing", "forked", "freeze", "measured"]
+__all__ = ["FreedMemory", "Freeing", "empty_gpu_caches", "forked", "freeze", "measured"]
 
 _shared = False
 
@@ -95,6 +95,7 @@ def measured(free: Callable[[], None], give_up: Callable[[], None]) -> tuple[int
     give_up()
     freeze()
     _trim_heap()
+    empty_gpu_caches()
     return max(0, host - _host_bytes()), max(0, gpu - _gpu_bytes())
 
 
@@ -103,6 +104,13 @@ def _trim_heap() -> None:
     trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def empty_gpu_caches() -> None:
+    """torch keeps what was freed on a GPU for its next allocation; nobody else can have it meanwhile."""
+    cuda = _cuda_in_use()
+    if cuda is not None:
+        cuda.empty_cache()
 
 
 def _host_bytes() -> int:
@@ -118,7 +126,13 @@ def _host_bytes() -> int:
 
 def _gpu_bytes() -> int:
     """What torch has taken of all GPUs, where this process uses them already; else 0."""
-    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
-    if cuda is None or not cuda.is_available() or not cuda.is_initialized():
+    cuda = _cuda_in_use()
+    if cuda is None:
         return 0
     return sum(int(cuda.memory_reserved(device)) for device in range(cuda.device_count()))
+
+
+def _cuda_in_use() -> Any:
+    """``torch.cuda`` where this process has opened a GPU already; else None, and none is opened."""
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    return cuda if cuda is not None and cuda.is_available() and cuda.is_initialized() else None

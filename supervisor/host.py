@@ -34,7 +34,7 @@ from legion_shm.errors import (
 )
 from legion_shm.supervisor import death_pipe
 from legion_shm.supervisor.engine import Engine, JobRequest
-from legion_shm.supervisor.freeing import freeze, measured
+from legion_shm.supervisor.freeing import empty_gpu_caches, freeze, measured
 from legion_shm.supervisor.host_control import ControlThread
 from legion_shm.supervisor.host_reports import Events, LogHandler, failure_reply
 from legion_shm.supervisor.spawn import HostConfig
@@ -292,6 +292,7 @@ class _Host:
             self._memory.result_sent(message.job)
         if isinstance(reply, JobFailedReply) and reply.exception_type.endswith(_OUT_OF_MEMORY):
             self._require_engine().free()  # whatever is kept for later jobs, this one lacked its room
+            empty_gpu_caches()
 
     def _execute(self, message: RunJob) -> Message:
         received_us = _now_us()

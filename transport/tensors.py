@@ -264,7 +264,10 @@ def _build(make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What torch makes of checked but foreign numbers; it judges them with errors of many classes."""
     try:
         with _guard():
-            return make()
+            try:
+                return make()
+            except Warning:  # one that torch gives once, and that this program's filters make an error of
+                return make()
     except Exception as error:
         raise ProtocolError(f"not a tensor: {error}") from error
 

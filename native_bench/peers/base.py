@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from legion_shm.native_bench import payload
-from legion_shm.native_bench.payload import Content, Order
+from legion_shm.native_bench.machine import gpu_reason
+from legion_shm.native_bench.payload import Content, Device, Order
 
 __all__ = ["TIMEOUT_S", "Peer", "Responder", "Seen", "Session"]
 
@@ -121,6 +122,7 @@ class Peer(ABC):
     """One way of moving tensors. ``settings``: those that matter, for the report.
 
     ``package``: the distribution it needs beyond Legion's own dependencies, and whose version is reported.
+    ``device``: where its tensors lie, on both sides.
     """
 
     name: str
@@ -130,10 +132,13 @@ class Peer(ABC):
     package: str | None = None
     module: str | None = None
     content: Content = "pattern"
+    device: Device = "cpu"
     echoes: bool = False
 
     def missing(self) -> str:
         """Why this way can't run here; empty where it can."""
+        if self.device != "cpu" and (reason := gpu_reason()):
+            return reason
         if self.package is None:
             return ""
         name = self.module or self.package.replace("-", "_")

@@ -9,6 +9,7 @@ given back meanwhile would be measured cold. The worker is of the graph engine w
     legion-resident   a tensor of `Supervisor.empty` there, the worker hands the same one back
     legion-forward    made by one worker, used by another, and on to us: two jobs
     legion-handle     as legion-resident, and nobody looks at it: the price of the handle alone
+    legion-cuda       on a GPU on both sides, through host memory
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from legion_shm.config import WorkerSpec
 from legion_shm.errors import LegionError, PeerFailed
 from legion_shm.native_bench import payload
-from legion_shm.native_bench.payload import Order
+from legion_shm.native_bench.payload import Device, Order
 from legion_shm.native_bench.peers.base import TIMEOUT_S, Peer, Seen, Session
 from legion_shm.native_bench.whole_path import hops_of
 from legion_shm.supervisor.api import Supervisor
@@ -165,15 +166,13 @@ class LegionPeer(Peer):
         private: bool = False,
         node: str = "BenchExchange",
         handle_only: bool = False,
+        device: Device = "cpu",
     ) -> None:
         self.name, self.title, self.settings = name, title, settings
         self._resident, self._private, self._node = resident, private, node
-        self._handle_only = handle_only
+        self._handle_only, self.device = handle_only, device
         self.echoes = node == "BenchPassOn"
-        self.package = "legion-shm"
-
-    def missing(self) -> str:
-        return ""
+        self.package, self.module = "legion-shm", "legion_shm"
 
     def uses(self, how: str) -> bool:
         return (how == "none") == self._handle_only
@@ -215,5 +214,12 @@ PEERS: list[Peer] = [
         resident=True,
         node="BenchPassOn",
         handle_only=True,
+    ),
+    LegionPeer(
+        "legion-cuda",
+        "Legion, on a GPU",
+        _API + "a tensor of the GPU there, another one back, both through host memory",
+        private=True,
+        device="cuda",
     ),
 ]

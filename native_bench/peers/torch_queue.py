@@ -2,7 +2,8 @@
 
 Settings: ``torch.multiprocessing.SimpleQueue`` of the spawn context (no feeder thread, so a hop less than
 ``Queue``), one each way. ``file_descriptor`` sends a descriptor per tensor, ``file_system`` a name; both
-make a new shared file for each tensor in private memory, and torch copies into it.
+make a new shared file for each tensor in private memory, and torch copies into it. Tensors of a GPU go by a
+handle of CUDA's own, without a copy (``torch-cuda``); torch has that for its native allocator alone.
 """
 
 from __future__ import annotations
@@ -64,4 +65,17 @@ class TorchQueuePeer(Peer):
         return ChildSession(_QueueLink, (self.strategy, *queues), context=context)
 
 
-PEERS: list[Peer] = [TorchQueuePeer("file_system"), TorchQueuePeer("file_descriptor")]
+class TorchCudaPeer(Peer):
+    name = "torch-cuda"
+    title = "torch.multiprocessing, CUDA IPC"
+    settings = "torch.multiprocessing SimpleQueue each way, spawn, tensors of the GPU by CUDA IPC handles"
+    device = "cuda"
+
+    def open(self, most_bytes: int) -> Session:
+        del most_bytes
+        context = _torch_multiprocessing().get_context("spawn")
+        queues = (context.SimpleQueue(), context.SimpleQueue())
+        return ChildSession(_QueueLink, ("file_system", *queues), context=context)
+
+
+PEERS: list[Peer] = [TorchQueuePeer("file_system"), TorchQueuePeer("file_descriptor"), TorchCudaPeer()]

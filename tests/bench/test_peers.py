@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from legion_shm.errors import BenchmarkError, ContentsDiffer
+from legion_shm.native_bench.machine import gpu_reason
 from legion_shm.native_bench.measure import (
     close_cases,
     exchange_once,
@@ -14,8 +15,8 @@ from legion_shm.native_bench.measure import (
     order_for,
     prove_check,
 )
-from legion_shm.native_bench.payload import Order, Use, make
-from legion_shm.native_bench.peers import all_peers
+from legion_shm.native_bench.payload import Order, Use, expected_use, make, problem_of, use, use_by_torch
+from legion_shm.native_bench.peers import all_peers, base
 from legion_shm.native_bench.peers.base import Peer, Responder, Seen, Session
 from legion_shm.native_bench.run import choose_peers
 from legion_shm.native_bench.schedule import Size
@@ -51,7 +52,42 @@ def carry(names: Sequence[str]) -> None:
 def test_every_way_carries_a_tensor_there_and_back_and_finds_a_spoiled_answer() -> None:
     some = [peer.name for peer in choose_peers(NOT_EVERYWHERE) if not peer.missing()]
     assert needs.WINDOWS or "shared-memory" in some
-    carry([*LOCAL, *some, "ours"])
+    ours = [peer.name for peer in choose_peers(["ours"]) if not peer.missing()]
+    assert len(ours) >= 6
+    carry([*LOCAL, *some, *ours])
+
+
+needs_gpu = pytest.mark.skipif(bool(gpu_reason()), reason="needs a CUDA device that torch can use")
+
+
+@needs_gpu
+def test_every_way_for_tensors_of_a_gpu_does_so_there() -> None:
+    on_gpu = [peer.name for peer in all_peers() if peer.device == "cuda"]
+    assert len(on_gpu) == 3
+    code = "from tests.bench.test_peers import carry\n"
+    code += f"if __name__ == '__main__': carry({on_gpu})"
+    done = run_script("-c", code, cwd=REPO, within_s=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ways_for_a_gpu_say_why_they_are_not_measured_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "gpu_reason", lambda: "no CUDA device")
+    assert {peer.missing() for peer in all_peers() if peer.device == "cuda"} == {"no CUDA device"}
+    assert all(not peer.missing() for peer in choose_peers(["ours"]) if peer.device == "cpu")
+
+
+@pytest.mark.parametrize("how", ["touch", "read", "none"])
+def test_torch_sums_on_a_device_what_numpy_sums_here(how: Use) -> None:
+    for seed in (1, 2, 1 << 40):
+        order = Order((1, 64, 80, 3), how, seed, seed)
+        tensor = make(order)
+        assert how == "none" or use_by_torch(tensor, how) == use(tensor, how) == expected_use(order)
+
+
+def test_a_tensor_that_came_on_another_device_is_found_out() -> None:
+    order = Order(IMAGE, "touch", 1, 1, device="cuda")
+    here = make(Order(IMAGE, "touch", 1, 1))
+    assert problem_of(here, order) == "expected a tensor on cuda, got one on cpu"
 
 
 def test_torch_s_queues_do_so_too() -> None:
@@ -72,7 +108,7 @@ def test_names_are_unique_and_every_way_says_its_settings() -> None:
 def test_ours_stands_for_all_of_ours_and_unknown_names_are_refused() -> None:
     chosen = choose_peers(["ours", "pipe"])
     assert {peer.kind for peer in chosen if peer.name != "pipe"} == {"legion"}
-    assert len(chosen) == 7
+    assert len(chosen) == 8
     with pytest.raises(BenchmarkError, match="telegraph"):
         choose_peers(["telegraph"])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,3 +75,34 @@ def test_workers_that_were_not_asked_or_have_ended_are_not_waited_for() -> None:
     asked.forget_all_but(["w1"])
     assert asked.wait(0)
     assert asked.freed == (FreedMemory("w1", 4, 0),)
+
+
+class FakeCuda:
+    """As much of torch.cuda as giving back takes: 300 bytes are kept, 200 of them for nobody."""
+
+    def __init__(self, *, opened: bool = True) -> None:
+        self.opened, self.reserved = opened, 300
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return self.opened
+
+    def device_count(self) -> int:
+        return 1
+
+    def memory_reserved(self, device: int) -> int:
+        return self.reserved + device
+
+    def empty_cache(self) -> None:
+        assert self.opened, "this would open the GPU"
+        self.reserved = 100
+
+
+@pytest.mark.parametrize(("opened", "came_back"), [(True, 200), (False, 0)])
+def test_what_torch_keeps_of_a_gpu_is_given_back_and_counted_and_no_gpu_is_opened_for_it(
+    monkeypatch: pytest.MonkeyPatch, opened: bool, came_back: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=FakeCuda(opened=opened)))
+    assert freeing.measured(lambda: None, lambda: None)[1] == came_back

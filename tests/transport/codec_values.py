@@ -218,7 +218,7 @@ _SCALARS = (
     | st.builds(slice, st.none() | st.integers(), st.integers(), st.none() | _TEXTS)
     | st.builds(range, st.integers(), st.integers(), st.integers(1, 9))
     | st.sampled_from(
-        [np.float32(1.5), np.datetime64("NaT"), np.str_("a\0"), np.bytes_(b"a\0"), np.bool_(True)]
+        [np.float32(1.5), np.datetime64("NaT", "s"), np.str_("a\0"), np.bytes_(b"a\0"), np.bool_(True)]
     )
 )
 

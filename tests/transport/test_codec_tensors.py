@@ -37,6 +37,7 @@ pytestmark = [
     # torch warns, once each, of half complex, sparse layouts, nested and quantized tensors.
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*nested.*prototype:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*quantize.*deprecated:UserWarning"),
 ]
@@ -573,3 +574,25 @@ def test_values_cross_the_real_arena_by_copy_then_by_reference_then_by_copy_when
     released = real.attachments.drain_released()
     assert sorted(map(str, released)) == sorted(map(str, delivered))
     assert real.attachments.live_views() == 0
+
+
+def test_a_warning_that_torch_gives_once_loses_no_value_where_warnings_are_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make: Any = torch.sparse_coo_tensor
+    warned: list[bool] = []
+
+    def warn_once(*arguments: Any, **options: Any) -> torch.Tensor:
+        if not warned:
+            warned.append(True)
+            warnings.warn("invariants are not checked", UserWarning, stacklevel=1)
+        made: torch.Tensor = make(*arguments, **options)
+        return made
+
+    sent = torch.eye(3).to_sparse()
+    monkeypatch.setattr(torch, "sparse_coo_tensor", warn_once)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back = round_trip(sent)
+    assert warned
+    assert torch.equal(back.to_dense(), torch.eye(3))
