@@ -28,9 +28,12 @@ __all__ = ["imported_by", "preload_comfyui"]
 
 _OWN_FILES = ("main.py", "execution.py", "server.py", "nodes.py", "folder_paths.py")
 _IMPORT = re.compile(r"^(?:import|from)[ \t]+([\w.]+)", re.MULTILINE)
-_TORCH_FIRST = ("comfy_aimdo",)  # to be set up before torch is loaded, and only by main.py
+_TORCH_FIRST = frozenset({"comfy_aimdo"})  # to be set up before torch is loaded, and only by main.py
 _NEEDS_TORCH = frozenset(
-    {"torch", "torchvision", "torchaudio", "torchsde", "kornia", "spandrel", "transformers", "safetensors"}
+    {
+        *("torch", "torchvision", "torchaudio", "torchsde", "kornia", "spandrel", "transformers"),
+        *("safetensors", "comfy_kitchen"),
+    }
 )
 
 
@@ -58,8 +61,10 @@ def preload_comfyui(root: Path, extra_args: Sequence[str]) -> MainProgram | str:
     if not on_cpu and any(name in sys.modules for name in _TORCH_FIRST):
         if "torch" in sys.modules:
             return "a prestartup script loads torch, which this ComfyUI has to set up memory for first"
-        skipped = _NEEDS_TORCH
-    _import_libraries(root, skipped)
+        # Its modules keep for good what the set-up has made, or that it has made nothing yet.
+        skipped = _NEEDS_TORCH | _TORCH_FIRST
+    if culprit := _import_libraries(root, skipped):
+        return f"{culprit} loads torch, which this ComfyUI has to set up memory for first"
     if on_cpu:
         _import_core(
             root, program.modules(), with_api_nodes=not getattr(arguments, "disable_api_nodes", False)
@@ -79,14 +84,39 @@ def _in_a_child(ask: Any) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def _import_libraries(root: Path, skipped: frozenset[str]) -> None:
-    """What ComfyUI's files import and is not ComfyUI's. Missing ones are ComfyUI's to complain about."""
-    for name in imported_by(_files(root)):
-        top = name.partition(".")[0]
-        if top in skipped or (root / top).exists() or (root / f"{top}.py").exists():
-            continue
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+def _import_libraries(root: Path, skipped: frozenset[str]) -> str:
+    """What ComfyUI's files import and is not ComfyUI's. Missing ones are ComfyUI's to complain about.
+
+    The answer is the first that asked for what is ``skipped``, which it did not get; empty where none did.
+    """
+    refused = _Refused(skipped)
+    sys.meta_path.insert(0, refused)
+    try:
+        for name in imported_by(_files(root)):
+            top, *parts = name.split(".")
+            if top in skipped or (root / top).exists() or (root / f"{top}.py").exists():
+                continue
+            if not skipped.isdisjoint(parts):  # such as einops.layers.torch
+                continue
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+            if refused.asked:
+                return name
+    finally:
+        sys.meta_path.remove(refused)
+    return ""
+
+
+class _Refused:
+    """Lets nobody import these packages, and notes that somebody tried: a library may hide that it did."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names, self.asked = names, False
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> None:
+        if name.partition(".")[0] in self._names and name not in sys.modules:
+            self.asked = True
+            raise ModuleNotFoundError(f"{name} is not to be loaded yet", name=name)
 
 
 def _import_core(root: Path, modules: Sequence[str], *, with_api_nodes: bool) -> None:

@@ -21,8 +21,9 @@ ANY = AnyType("*")
 
 def digest(tensors: Any) -> str:
     found = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    with torch.inference_mode():  # what ComfyUI made in it can be looked at nowhere else
+        for tensor in tensors:
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

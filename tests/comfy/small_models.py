@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def _made(name: str, *arguments: Any, **settings: Any) -> Any:
+    """An object of that class of ComfyUI with all its weights there, which some settings leave for later."""
+    module, _, kind = name.rpartition(".")
+    memory: Any = sys.modules.get("comfy.memory_management")
+    dynamic = getattr(memory, "aimdo_enabled", False)
+    if dynamic:
+        memory.aimdo_enabled = False
+    try:
+        return getattr(_module(module), kind)(*arguments, **settings)
+    finally:
+        if dynamic:
+            memory.aimdo_enabled = True
+
+
 def unet_weights(
     seed: int = 1, channel_mult: tuple[int, ...] = (1, 1), **more: Any
 ) -> dict[str, torch.Tensor]:
@@ -39,7 +54,8 @@ def unet_weights(
     ops = _module("comfy.ops").disable_weight_init
     levels = len(channel_mult)
     depth = [1] * (levels - 1) + [0]
-    unet = _module("comfy.ldm.modules.diffusionmodules.openaimodel").UNetModel(
+    unet = _made(
+        "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",
         image_size=32,
         in_channels=4,
         out_channels=4,
@@ -68,7 +84,8 @@ def sd15(seed: int = 1, channel_mult: tuple[int, ...] = (1, 1)) -> Any:
 
 def wan(seed: int = 2, dim: int = 256, layers: int = 2) -> Any:
     """MODEL: a diffusion transformer of the Wan family."""
-    model = _module("comfy.ldm.wan.model").WanModel(
+    model = _made(
+        "comfy.ldm.wan.model.WanModel",
         model_type="t2v",
         dim=dim,
         ffn_dim=dim * 2,
@@ -88,7 +105,7 @@ def clip_weights(seed: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, int]
     full = json.loads(
         (Path(_module("comfy.sd1_clip").__file__).parent / "sd1_clip_config.json").read_text("utf-8")
     )
-    encoder = _module("comfy.clip_model").CLIPTextModel({**full, **config}, torch.float32, "cpu", ops)
+    encoder = _made("comfy.clip_model.CLIPTextModel", {**full, **config}, torch.float32, "cpu", ops)
     return _fill(encoder, seed), config
 
 
@@ -117,7 +134,7 @@ def vae(seed: int = 4) -> Any:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    model = _module("comfy.ldm.models.autoencoder").AutoencoderKL(ddconfig=config, embed_dim=4)
+    model = _made("comfy.ldm.models.autoencoder.AutoencoderKL", ddconfig=config, embed_dim=4)
     return _module("comfy.sd").VAE(
         sd=_fill(model, seed), config={"params": {"ddconfig": config, "embed_dim": 4}}
     )
@@ -125,7 +142,7 @@ def vae(seed: int = 4) -> Any:
 
 def tiny_vae_weights(seed: int = 5) -> dict[str, torch.Tensor]:
     """The weights of a TAESD."""
-    return _fill(_module("comfy.taesd.taesd").TAESD(), seed)
+    return _fill(_made("comfy.taesd.taesd.TAESD"), seed)
 
 
 def tiny_vae(seed: int = 5) -> Any:
@@ -136,7 +153,8 @@ def tiny_vae(seed: int = 5) -> Any:
 def control_net_weights(seed: int = 6) -> dict[str, torch.Tensor]:
     """The weights of a ControlNet for `sd15`."""
     ops = _module("comfy.ops").disable_weight_init
-    net = _module("comfy.cldm.cldm").ControlNet(
+    net = _made(
+        "comfy.cldm.cldm.ControlNet",
         image_size=32,
         in_channels=4,
         hint_channels=3,

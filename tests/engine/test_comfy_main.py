@@ -14,7 +14,7 @@ import pytest
 
 from legion_shm.supervisor import comfy_main
 from legion_shm.supervisor.comfy_main import MainProgram, is_manager, take_begun
-from legion_shm.supervisor.comfy_preload import imported_by
+from legion_shm.supervisor.comfy_preload import _import_libraries, imported_by
 
 MAIN = """
 import comfy_aimdo
@@ -170,3 +170,52 @@ def test_imports_at_the_margin_are_found_once_and_in_order(tmp_path: Path) -> No
 
 def test_nothing_is_begun_to_start_with() -> None:
     assert comfy_main.take_begun(Path("/")) is None
+
+
+@pytest.fixture
+def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Some on the path; what they import is asked for and taken away again."""
+    folder = tmp_path / "libraries"
+    for name, text in {
+        "lx_plain/__init__.py": "",
+        "lx_plain/heavy.py": "import lx_heavy",
+        "lx_set_up/__init__.py": "lib = None",
+        "lx_set_up/inner.py": "from lx_set_up import lib",
+        "lx_heavy/__init__.py": "",
+        "lx_hides/__init__.py": "try:\n    import lx_heavy\nexcept ImportError:\n    lx_heavy = None\n",
+        "lx_later/__init__.py": "",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("lx_")]:
+        del sys.modules[name]
+
+
+def loaded() -> list[str]:
+    return sorted(name for name in sys.modules if name.startswith("lx_"))
+
+
+def preloaded(tmp_path: Path, code: str) -> tuple[str, list[str]]:
+    root = tmp_path / "comfy_of_libraries"
+    root.mkdir(exist_ok=True)
+    (root / "nodes.py").write_text(code)
+    return _import_libraries(root, frozenset({"lx_heavy", "lx_set_up", "heavy"})), loaded()
+
+
+@pytest.mark.usefixtures("libraries")
+def test_a_library_that_has_to_wait_is_not_preloaded_nor_is_any_part_of_it(tmp_path: Path) -> None:
+    code = (
+        "import lx_set_up.inner\nimport lx_plain.heavy\nimport lx_plain\nimport lx_missing\nimport lx_later\n"
+    )
+    assert preloaded(tmp_path, code) == ("", ["lx_later", "lx_plain"])
+    assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_Refused"]
+
+
+@pytest.mark.usefixtures("libraries")
+def test_a_library_that_asks_for_what_has_to_wait_is_named_also_if_it_hides_that(tmp_path: Path) -> None:
+    culprit, present = preloaded(tmp_path, "import lx_plain\nimport lx_hides\nimport lx_later\n")
+    assert culprit == "lx_hides"
+    assert "lx_heavy" not in present
+    assert "lx_later" not in present
