@@ -226,7 +226,7 @@ def _try_pagemap() -> None:
 
 
 def _try_job_object() -> None:
-    from legion_shm.supervisor.spawn_windows import Win32
+    from legion_shm.supervisor.win32 import Win32
 
     win32 = Win32()
     win32.close(win32.create_job())

@@ -1,13 +1,14 @@
 """Starting a worker process on Windows: the launcher beside `spawn`, with the same promises.
 
-Owns the process, the job object that it lives in, and the threads that turn pipes, which no poller takes
-there, into sockets, which one does. Never imported elsewhere than on Windows.
+Owns the process, the job object that it lives in, its pipes, and the threads that tell of them by sockets,
+since no poller takes a pipe there. Never used elsewhere than on Windows.
 
     supervisor                                   worker, in a job object of its own
     job object (only handle) ───────────────────▶ KILL_ON_JOB_CLOSE: the system ends whatever is in the job
                                                   when the supervisor's process is gone, however it went
-    stdout, stderr sockets ◀─ thread ◀─ pipe ◀─── handles 1 and 2, from its creation on
-    begun lines ◀──────────── thread ◀─ pipe ◀─── a fourth inherited handle
+    stdout, stderr ◀──────────────────── pipe ◀── handles 1 and 2, from its creation on
+        sockets that ring ◀── thread ◀────┘
+    begun lines ◀──────────── thread ◀── pipe ◀── a fourth inherited handle
     payload ──────────────────────────── pipe ──▶ handle 0; at its end once the payload is read
     exit socket ◀──────────── thread ◀─────────── the process object
 
@@ -19,7 +20,6 @@ the stop ladder end the job at once.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import io
 import os
@@ -27,8 +27,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from ctypes import wintypes
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.context import set_spawning_popen
@@ -37,192 +36,89 @@ from typing import TYPE_CHECKING, Any, cast
 from legion_shm.errors import StartupError
 from legion_shm.exit_codes import ended_by, from_windows
 from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
+from legion_shm.supervisor.win32 import PendingRead, Win32
 
 if TYPE_CHECKING:
     from legion_shm.supervisor.spawn import HostConfig, WorkerProcess
 
-__all__ = ["Win32", "WindowsWorker", "start_worker", "with_descriptors"]
+__all__ = ["WindowsWorker", "start_worker", "with_descriptors"]
 
-_READ_BYTES = 65536
+_RINGS = 4096
+_READS_A_TURN = 4  # a pipe's worth may lie in the read that is under way, and another in the pipe
 _BEGUN_BYTES = 4096  # of its newest lines: the last one counts
 _BEGUN_WAIT_S = 1.0  # from the process's end until the end of what it wrote
-_PIPE_BYTES = 65536
 
-_JOB_EXTENDED_LIMITS = 9  # JobObjectExtendedLimitInformation
-_KILL_ON_JOB_CLOSE = 0x2000  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
 _CREATE_SUSPENDED = 0x4
 _CREATE_NEW_PROCESS_GROUP = 0x200
 _CREATE_UNICODE_ENVIRONMENT = 0x400
 _CREATE_NO_WINDOW = 0x08000000
-_STARTF_USESTDHANDLES = 0x100
-_INFINITE = 0xFFFFFFFF
-_STILL_ACTIVE = 259
-_WAIT_OBJECT_0 = 0
 
 
-class _BasicLimits(ctypes.Structure):
-    _fields_ = (
-        ("PerProcessUserTimeLimit", ctypes.c_int64),
-        ("PerJobUserTimeLimit", ctypes.c_int64),
-        ("LimitFlags", wintypes.DWORD),
-        ("MinimumWorkingSetSize", ctypes.c_size_t),
-        ("MaximumWorkingSetSize", ctypes.c_size_t),
-        ("ActiveProcessLimit", wintypes.DWORD),
-        ("Affinity", ctypes.c_size_t),
-        ("PriorityClass", wintypes.DWORD),
-        ("SchedulingClass", wintypes.DWORD),
-    )
+class _Output:
+    """What a worker writes into a pipe, read by the loop's own thread; a thread beside it only rings a bell.
 
-
-class _ExtendedLimits(ctypes.Structure):
-    _fields_ = (
-        ("BasicLimitInformation", _BasicLimits),
-        ("IoInfo", ctypes.c_uint64 * 6),
-        ("ProcessMemoryLimit", ctypes.c_size_t),
-        ("JobMemoryLimit", ctypes.c_size_t),
-        ("PeakProcessMemoryUsed", ctypes.c_size_t),
-        ("PeakJobMemoryUsed", ctypes.c_size_t),
-    )
-
-
-class Win32:
-    """The calls into Windows that a launcher makes: CPython's own `_winapi`, and kernel32 for what it lacks.
-
-    Handles are integers. Each call raises OSError where Windows refuses it.
-    """
-
-    def __init__(self) -> None:
-        self._api: Any = importlib.import_module("_winapi")
-        self._kernel: Any = getattr(ctypes, "WinDLL")("kernel32", use_last_error=True)  # noqa: B009
-        handle, dword = wintypes.HANDLE, wintypes.DWORD
-        for name, result, arguments in (
-            ("CreateJobObjectW", handle, (ctypes.c_void_p, wintypes.LPCWSTR)),
-            ("SetInformationJobObject", wintypes.BOOL, (handle, ctypes.c_int, ctypes.c_void_p, dword)),
-            ("AssignProcessToJobObject", wintypes.BOOL, (handle, handle)),
-            ("TerminateJobObject", wintypes.BOOL, (handle, wintypes.UINT)),
-            ("ResumeThread", dword, (handle,)),
-        ):
-            function = getattr(self._kernel, name)
-            function.restype, function.argtypes = result, arguments
-
-    def create_job(self) -> int:
-        """A job object whose processes end with its last handle, which no other process has."""
-        job = int(self._checked(self._kernel.CreateJobObjectW(None, None)))
-        limits = _ExtendedLimits()
-        limits.BasicLimitInformation.LimitFlags = _KILL_ON_JOB_CLOSE
-        try:
-            self._checked(
-                self._kernel.SetInformationJobObject(
-                    job, _JOB_EXTENDED_LIMITS, ctypes.byref(limits), ctypes.sizeof(limits)
-                )
-            )
-        except BaseException:
-            self.close(job)
-            raise
-        return job
-
-    def assign(self, job: int, process: int) -> None:
-        self._checked(self._kernel.AssignProcessToJobObject(job, process))
-
-    def terminate_job(self, job: int, exit_code: int) -> None:
-        self._checked(self._kernel.TerminateJobObject(job, exit_code))
-
-    def resume(self, thread: int) -> None:
-        if self._kernel.ResumeThread(thread) == _INFINITE:
-            raise self._error()
-
-    def pipe(self) -> tuple[int, int]:
-        """(read end, write end), neither inheritable."""
-        read, write = self._api.CreatePipe(None, _PIPE_BYTES)
-        return int(read), int(write)
-
-    def inheritable(self, handle: int) -> int:
-        """A second handle of the same object, which a child may inherit."""
-        api = self._api
-        own = api.GetCurrentProcess()
-        return int(api.DuplicateHandle(own, handle, own, 0, True, api.DUPLICATE_SAME_ACCESS))
-
-    def read(self, handle: int) -> bytes:
-        """What a pipe holds, waiting for it; b"" once nobody can write to it any more."""
-        try:
-            data, _ = self._api.ReadFile(handle, _READ_BYTES)
-        except OSError:  # the pipe has been ended, or broken
-            return b""
-        return bytes(data)
-
-    def write(self, handle: int, data: memoryview) -> None:
-        while data:
-            written, _ = self._api.WriteFile(handle, bytes(data[:_PIPE_BYTES]))
-            data = data[written:]
-
-    def create_process(
-        self,
-        executable: str,
-        line: str,
-        flags: int,
-        env: Mapping[str, str],
-        std: tuple[int, int, int],
-        others: tuple[int, ...],
-    ) -> tuple[int, int, int]:
-        """(process handle, main thread's handle, pid); it inherits its standard handles and ``others``."""
-        startup = getattr(subprocess, "STARTUPINFO")()  # noqa: B009
-        startup.dwFlags = _STARTF_USESTDHANDLES
-        startup.hStdInput, startup.hStdOutput, startup.hStdError = std
-        startup.lpAttributeList = {"handle_list": [*std, *others]}
-        process, thread, pid, _ = self._api.CreateProcess(
-            executable, line, None, None, True, flags, dict(env), None, startup
-        )
-        return int(process), int(thread), int(pid)
-
-    def wait(self, process: int, timeout_ms: int = _INFINITE) -> bool:
-        return bool(self._api.WaitForSingleObject(process, timeout_ms) == _WAIT_OBJECT_0)
-
-    def exit_status(self, process: int) -> int:
-        return int(self._api.GetExitCodeProcess(process))
-
-    def terminate(self, process: int) -> None:
-        self._api.TerminateProcess(process, 1)
-
-    def close(self, handle: int) -> None:
-        self._api.CloseHandle(handle)
-
-    def _checked(self, result: Any) -> Any:
-        if not result:
-            raise self._error()
-        return result
-
-    def _error(self) -> OSError:
-        code = getattr(ctypes, "get_last_error")()  # noqa: B009
-        return getattr(ctypes, "WinError")(code)  # type: ignore[no-any-return]  # noqa: B009
-
-
-class _Pump:
-    """Carries what comes out of a pipe to a socket that a poller can wait for, until the pipe's end.
-
-    Where nobody reads the socket the thread waits, and then the writer, as they would at a full pipe.
+    A read is always under way. Whoever takes its result begins the next one, so what a worker wrote before
+    it sent a message is there when the message is, however late the bell.
     """
 
     def __init__(self, win32: Win32, handle: int, name: str) -> None:
-        self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
+        self.bell, self._striker = socket.socketpair()
+        self.bell.setblocking(False)
+        self._striker.setblocking(False)
+        self._striker.send(b"\0")  # who hears it begins the first read
         self._win32, self._handle = win32, handle
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._pending: PendingRead | None = None
+        self._begun = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._ring, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def _run(self) -> None:
-        try:
-            while data := self._win32.read(self._handle):
-                self._writer.sendall(data)
-        except OSError:  # the supervisor has closed its end
-            pass
-        finally:
-            self._writer.close()
-            self._win32.close(self._handle)
+    def _ring(self) -> None:
+        while not self._ended:
+            self._begun.wait()
+            self._begun.clear()
+            pending = self._pending
+            if pending is not None:
+                pending.wait()
+                with contextlib.suppress(OSError):  # it rings already, or nobody hears it any more
+                    self._striker.send(b"\0")
+        self._striker.close()  # which is heard as well
+
+    def take(self) -> bytes:
+        """All that has been written, bounded; b"" at its end. Raises BlockingIOError while nothing has."""
+        with contextlib.suppress(OSError):
+            self.bell.recv(_RINGS)
+        parts: list[bytes] = []
+        while not self._ended:
+            try:
+                if self._pending is None:
+                    self._pending = self._win32.begin_read(self._handle)
+                    self._begun.set()
+                part = self._pending.result() if len(parts) < _READS_A_TURN else None
+            except OSError:
+                self._end()
+                break
+            if part is None:
+                break
+            parts.append(part)
+            self._pending = None
+        data = b"".join(parts)
+        if not data and not self._ended:
+            raise BlockingIOError
+        return data
+
+    def _end(self) -> None:
+        self._ended, self._pending = True, None
+        self._begun.set()
 
     def close(self) -> None:
-        self.reader.close()
+        if self._pending is not None:
+            self._pending.give_up()
+        self._end()
+        self.bell.close()
+        self._win32.close(self._handle)
 
 
 class _Begun:
@@ -257,13 +153,12 @@ class _Begun:
 class WindowsWorker(SpawnedWorker):
     """A process in a job object. Made by `start`."""
 
-    def __init__(self, win32: Win32, job: int, process: int, pid: int, pumps: _Pumps) -> None:
+    def __init__(self, win32: Win32, job: int, process: int, pid: int, pipes: _Pipes) -> None:
         self.pid = pid
         self.descriptors = None
         self._win32, self._job, self._process = win32, job, process
-        self._out, self._err, self._begun = pumps.out, pumps.err, pumps.begun
-        self._sockets = {pump.reader.fileno(): pump.reader for pump in (self._out, self._err)}
-        self.stdout, self.stderr = self._out.reader.fileno(), self._err.reader.fileno()
+        self._out, self._err, self._begun = pipes.out, pipes.err, pipes.begun
+        self.stdout, self.stderr = self._out.bell.fileno(), self._err.bell.fileno()
         self.begun = -1
         self._exit_r, self._exit_w = socket.socketpair()
         self.exit_fd = self._exit_r.fileno()
@@ -282,7 +177,7 @@ class WindowsWorker(SpawnedWorker):
     def read(self, fd: int, nbytes: int) -> bytes:
         if fd == self.begun:
             return self._begun.take()
-        return self._sockets[fd].recv(nbytes)
+        return (self._out if fd == self.stdout else self._err).take()
 
     def exit_code(self) -> int | None:
         return self._status
@@ -312,12 +207,12 @@ class WindowsWorker(SpawnedWorker):
             self._win32.close(self._process)
 
 
-class _Pumps:
+class _Pipes:
     """The parent's ends of a worker's three pipes."""
 
     def __init__(self, win32: Win32, worker: str, out: int, err: int, begun: int) -> None:
-        self.out = _Pump(win32, out, f"legion-stdout-{worker}")
-        self.err = _Pump(win32, err, f"legion-stderr-{worker}")
+        self.out = _Output(win32, out, f"legion-stdout-{worker}")
+        self.err = _Output(win32, err, f"legion-stderr-{worker}")
         self.begun = _Begun(win32, begun, f"legion-begun-{worker}")
 
     def start(self) -> None:
@@ -372,8 +267,10 @@ def _start(
     executable, env = _real_executable(executable, env)
     with contextlib.ExitStack() as childs, contextlib.ExitStack() as ours:
 
-        def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
-            read, write = win32.pipe()
+        def pipe(
+            make: Callable[[], tuple[int, int]], reader: contextlib.ExitStack, writer: contextlib.ExitStack
+        ) -> tuple[int, int]:
+            read, write = make()
             reader.callback(win32.close, read)
             writer.callback(win32.close, write)
             return read, write
@@ -385,10 +282,10 @@ def _start(
 
         job = win32.create_job()
         ours.callback(win32.close, job)
-        out_r, out_w = pipe(ours, childs)
-        err_r, err_w = pipe(ours, childs)
-        begun_r, begun_w = pipe(ours, childs)
-        payload_r, payload_w = pipe(childs, ours)
+        out_r, out_w = pipe(win32.output_pipe, ours, childs)
+        err_r, err_w = pipe(win32.output_pipe, ours, childs)
+        begun_r, begun_w = pipe(win32.pipe, ours, childs)
+        payload_r, payload_w = pipe(win32.pipe, childs, ours)
         begun = std(begun_w)
         process.host_config = config = replace(config, begun_fd=begun)
         payload = _payload(process, working_dir)
@@ -412,9 +309,9 @@ def _start(
         finally:
             win32.close(thread)
         childs.close()
-        pumps = _Pumps(win32, config.worker, out_r, err_r, begun_r)
-        worker = WindowsWorker(win32, job, handle, pid, pumps)
-        pumps.start()
+        pipes = _Pipes(win32, config.worker, out_r, err_r, begun_r)
+        worker = WindowsWorker(win32, job, handle, pid, pipes)
+        pipes.start()
         ours.pop_all()
         with contextlib.suppress(OSError):  # it has ended already: its end will be seen
             win32.write(payload_w, payload)

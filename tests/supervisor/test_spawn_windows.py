@@ -26,6 +26,7 @@ from legion_shm.supervisor import spawn_windows
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.spawn_windows import WindowsWorker, start_worker
 from legion_shm.supervisor.spawned import SIGKILL, SIGTERM
+from legion_shm.supervisor.win32 import PIPE_BYTES
 from legion_shm.supervisor.worker_io import LineReader, begun_mark
 from legion_shm.transport.channel import Endpoint
 from tests import needs
@@ -34,7 +35,7 @@ pytestmark = needs.posix
 
 JOB = 1_000_000
 CHILD = """
-import os, sys
+import os, sys, time
 begun = int(sys.argv[1])
 payload = sys.stdin.buffer.read()
 print("payload", len(payload) > 100, flush=True)
@@ -43,10 +44,37 @@ os.write(begun, b"j-1 1\\nj-2 1\\n")
 """
 
 
+class PosixRead:
+    """A read that is carried out when it is looked at. ``deaf``: who waits for it hears of its end alone."""
+
+    def __init__(self, fd: int, deaf: bool) -> None:
+        self._fd, self._deaf = fd, deaf
+        self._done = threading.Event()
+
+    def wait(self) -> None:
+        while not self._done.wait(0.005):
+            with contextlib.suppress(OSError, ValueError):  # it was closed meanwhile
+                if not self._deaf and select.select([self._fd], [], [], 0)[0]:
+                    return
+
+    def result(self) -> bytes | None:
+        try:
+            data = os.read(self._fd, PIPE_BYTES)
+        except BlockingIOError:
+            return None
+        self._done.set()
+        if not data:
+            raise BrokenPipeError
+        return data
+
+    def give_up(self) -> None:
+        self._done.set()
+
+
 class PosixWin32:
     """The same calls: handles are descriptors, a job is a process group, suspended is not yet written to."""
 
-    def __init__(self, ending: str = "sys.exit(7)") -> None:
+    def __init__(self, ending: str = "sys.exit(7)", *, deaf: bool = False) -> None:
         self.calls: list[str] = []
         self.open: set[int] = set()
         self.process: subprocess.Popen[bytes] | None = None
@@ -54,7 +82,7 @@ class PosixWin32:
         self.flags = 0
         self.status: int | None = None
         self.refuse = ""
-        self._ending = ending
+        self._ending, self._deaf = ending, deaf
         self._lock = threading.Lock()
 
     def _note(self, call: str, handle: int | None = None) -> int:
@@ -93,6 +121,14 @@ class PosixWin32:
     def pipe(self) -> tuple[int, int]:
         read, write = os.pipe()
         return self._note("pipe", read), self._note("pipe", write)
+
+    def output_pipe(self) -> tuple[int, int]:
+        read, write = self.pipe()
+        os.set_blocking(read, False)
+        return read, write
+
+    def begin_read(self, handle: int) -> PosixRead:
+        return PosixRead(handle, self._deaf)
 
     def inheritable(self, handle: int) -> int:
         return self._note("inheritable", os.dup(handle))
@@ -185,6 +221,10 @@ def lines_of(worker: WindowsWorker, fd: int) -> list[str]:
     return lines
 
 
+def threads_of_outputs() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name in ("legion-stdout-w1", "legion-stderr-w1")]
+
+
 def closed(win32: PosixWin32) -> bool:
     deadline_s = time.monotonic() + 10
     while win32.open and time.monotonic() < deadline_s:
@@ -210,6 +250,56 @@ def test_output_begun_jobs_and_the_end_are_seen() -> None:
 
 
 @pytest.mark.usefixtures("own_python")
+def test_what_it_wrote_is_read_whether_or_not_the_thread_that_tells_of_it_runs() -> None:
+    win32 = PosixWin32("time.sleep(60)", deaf=True)
+    worker = started(win32)
+    assert readable(worker.stdout), "it rings once, so that the first read is begun by who will read"
+    begun, stdout, stderr = (
+        LineReader(fd, worker.read) for fd in (worker.begun, worker.stdout, worker.stderr)
+    )
+    written = stdout.read()
+    while not begun.read():  # what the child writes last
+        assert worker.exit_code() is None
+    assert not readable(worker.stdout, 0)
+    assert written + stdout.read() == ["payload True"]
+    assert stderr.read() == ["trouble"]
+    assert not stdout.ended
+    worker.close()
+    assert closed(win32), f"left open: {win32.open}"
+    deadline_s = time.monotonic() + 10
+    while (left := threads_of_outputs()) and time.monotonic() < deadline_s:
+        left[0].join(0.1)
+    assert not left, "its reads were given up"
+
+
+@pytest.mark.usefixtures("own_python")
+def test_more_than_a_pipe_holds_comes_whole() -> None:
+    win32 = PosixWin32("os.write(1, b'x' * 8191 + b'\\n' + (b'y' * 99 + b'\\n') * 20_000)")
+    worker = started(win32)
+    lines = lines_of(worker, worker.stdout)
+    assert lines == ["payload True", "x" * 8191, *["y" * 99] * 20_000]
+    worker.close()
+    assert closed(win32)
+
+
+@pytest.mark.usefixtures("own_python")
+def test_one_who_never_stops_writing_keeps_the_reader_for_a_turn_alone() -> None:
+    class Flooded(PosixRead):
+        def result(self) -> bytes:
+            return b"x\n"
+
+    class Flood(PosixWin32):
+        def begin_read(self, handle: int) -> PosixRead:
+            return Flooded(handle, deaf=False)
+
+    win32 = Flood("time.sleep(60)")
+    worker = started(win32)
+    assert 2 <= len(worker.read(worker.stdout, PIPE_BYTES)) <= 100
+    worker.close()
+    assert closed(win32)
+
+
+@pytest.mark.usefixtures("own_python")
 def test_it_runs_only_when_it_is_in_its_job_and_has_its_payload_after_that() -> None:
     win32 = PosixWin32()
     worker = started(win32)
@@ -225,7 +315,7 @@ def test_it_runs_only_when_it_is_in_its_job_and_has_its_payload_after_that() -> 
 @pytest.mark.usefixtures("own_python")
 @pytest.mark.parametrize("rung", [SIGTERM, SIGKILL])
 def test_both_lower_rungs_of_the_ladder_end_the_job(rung: int) -> None:
-    win32 = PosixWin32("import time; time.sleep(60)")
+    win32 = PosixWin32("time.sleep(60)")
     worker = started(win32)
     assert readable(worker.stdout)
     assert worker.exit_code() is None
@@ -241,7 +331,7 @@ def test_both_lower_rungs_of_the_ladder_end_the_job(rung: int) -> None:
 @pytest.mark.usefixtures("own_python")
 @pytest.mark.parametrize("call", ["create_job", "pipe", "inheritable", "create_process", "assign", "resume"])
 def test_where_windows_refuses_a_call_nothing_is_left(call: str) -> None:
-    win32 = PosixWin32("import time; time.sleep(60)")
+    win32 = PosixWin32("time.sleep(60)")
     win32.refuse = call
     with pytest.raises(StartupError, match=f"w1: the process could not be started.*{call} refused"):
         started(win32)
