@@ -203,9 +203,10 @@ class _Host:
             info = engine.start()
             _load_codecs(config)
         except BaseException as error:
-            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self._send(StartFailed(f"{type(error).__name__}: {error}", text[-32768:]))
-            return False
+            return self._start_failed(error)
+        failure = self._control.failure()
+        if failure is not None:
+            return self._start_failed(failure, "its control thread failed: ")
         self._control.engine = engine
         self._control.flush_logs(self._send)  # what was logged so far is no job's
         self._memory.engine_started()
@@ -214,6 +215,11 @@ class _Host:
             faults.hit("host.before_ready")
         self._send(Ready(info.name, tuple(sorted(info.versions.items())), info.node_classes))
         return True
+
+    def _start_failed(self, error: BaseException, what: str = "") -> bool:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self._send(StartFailed(f"{what}{type(error).__name__}: {error}", text[-32768:]))
+        return False
 
     def serve(self) -> None:
         while not self._stopping:

@@ -28,6 +28,7 @@ from legion_shm.transport.messages import Cancel, Heartbeat, Hello, LogRecord, M
 __all__ = ["ControlThread"]
 
 _ACTIVE_S = 1.0  # for so long after a job it keeps its quick pace
+_GREETING_WAIT_S = 20.0  # from when the engine is up; who has not greeted then is too late for its heartbeats
 _IDLE_WAIT_S = 0.25  # its own pace while nothing is viewed and nothing runs
 
 
@@ -43,6 +44,8 @@ class ControlThread(threading.Thread):
         self._posted: deque[Message] = deque(maxlen=10_000)
         self._logs: deque[LogRecord] = deque(maxlen=20_000)  # LogHandler lets through fewer at once
         self._stop_wanted = threading.Event()
+        self._greeted = threading.Event()
+        self._failure: BaseException | None = None
         self.engine: Engine | None = None
         self.busy_job = ""
 
@@ -69,13 +72,27 @@ class ControlThread(threading.Thread):
             with contextlib.suppress(IndexError):
                 send(self._logs.popleft())
 
+    def failure(self) -> BaseException | None:
+        """What kept it from greeting the supervisor, if anything did; waits until that is known."""
+        self._greeted.wait(_GREETING_WAIT_S)
+        return self._failure
+
     def stop(self) -> None:
         self._stop_wanted.set()
         if self.is_alive():
             self.join(timeout=1.0)
 
     def run(self) -> None:
-        import psutil
+        try:
+            self._serve()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._greeted.set()
+
+    def _serve(self) -> None:
+        import psutil  # beside the engine's own imports
 
         config = self._config
         channel = ClientChannel(config.endpoint, config.control_identity, max_bytes=config.max_message_bytes)
@@ -87,6 +104,7 @@ class ControlThread(threading.Thread):
         process = psutil.Process()
         try:
             send(Hello(config.worker, config.token, "control", os.getpid()))
+            self._greeted.set()
             next_beat_s, beats = monotonic_s(), 0
             while not self._stop_wanted.is_set():
                 now = monotonic_s()

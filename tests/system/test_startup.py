@@ -60,6 +60,15 @@ def test_a_missing_module_and_one_without_nodes_say_so(tmp_path: Path) -> None:
                 job.result(timeout=30)
 
 
+def test_what_keeps_the_control_thread_from_its_work_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "psutil.py").write_text("raise ImportError('this psutil is not one')\n")
+    with Supervisor() as legion:
+        job = legion.submit(flow("TestPass"), spec=spec(python_path=[tmp_path], startup_timeout_s=600.0))
+        with pytest.raises(StartupError, match="control thread failed: ImportError: this psutil is not one"):
+            job.result(timeout=60)
+        assert run(legion, "TestPass", 1) == 1, "other specs are not affected"
+
+
 @needs.posix
 def test_a_worker_that_dies_by_a_signal_at_its_start_is_tried_again(tmp_path: Path) -> None:
     twice = "import os, signal\nif starts <= 2: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -197,7 +197,7 @@ def test_threads_that_imports_leave_behind_rule_forks_out(
     own = Path(psutil.__file__)
     (tmp_path / "psutil" / "__init__.py").write_text(
         f"{THREADS}\n__path__[:] = [{str(own.parent)!r}]\n"
-        f"exec(compile(open({str(own)!r}).read(), {str(own)!r}, 'exec'))\n"
+        f"exec(compile(open({str(own)!r}, encoding='utf-8').read(), {str(own)!r}, 'exec'))\n"
     )
     own_spec = spec(python_path=[tmp_path])
     with Supervisor() as legion:
