@@ -54,7 +54,8 @@ sys.modules["msvcrt"] = types.ModuleType("msvcrt")
 import legion_shm
 LINUX_ALONE = {"legion_shm.transport.segment_memfd"}
 for package in ("legion_shm", "legion_shm.transport", "legion_shm.supervisor"):
-    for info in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
+    own = importlib.import_module(package).__path__[:1]  # a checkout without symbolic links adds its root
+    for info in pkgutil.iter_modules(own, package + "."):
         if info.name not in LINUX_ALONE and not info.ispkg:
             importlib.import_module(info.name)
             print(info.name)

@@ -58,7 +58,7 @@ def run(
     return job.result(timeout=60)["output_1"]
 
 
-def wait_for(condition: Callable[[], object], what: str, within_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, within_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {within_s:g} s: {what}"
