@@ -312,7 +312,7 @@ def _runtime_dir(report: Report) -> None:
 
     base = default_base()
     try:
-        with RuntimeDir.create(base):
+        with RuntimeDir.create(base, sweeper=False):
             report.add("ZeroMQ", "runtime directory", f"{base} (sockets, private to this user)")
     except (LegionError, OSError) as error:
         report.add("ZeroMQ", "runtime directory", str(error), "problem")

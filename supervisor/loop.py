@@ -310,6 +310,7 @@ class Loop:
         self._worker_gone(worker, None, now)
 
     def _adopted(self, worker: WorkerIO, now: float) -> None:
+        self._directory.watch()
         self._inbox.announce(worker, now)  # a fork may be ready before we have heard of it
 
     # --- processes ------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The directory of one running supervisor: where its sockets live.
 
-Owns the directory, the lock file beside it and the removal of what dead supervisors left. It never
-follows a symlink, and never uses a directory that another user could write to.
+Owns the directory, the lock file beside it and the removal of what dead supervisors left: at once by a
+process of its own (`sweeper`), else by whoever starts next. It never follows a symlink, and never uses a
+directory that another user could write to.
 
 On Windows a directory has no mode: who may enter is what the access list of its parent hands down. That of
 the user's own temporary folder (the default) lets in the user, the system and administrators; of a base
@@ -21,7 +22,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import sys
 import tempfile
 import weakref
@@ -29,7 +29,8 @@ from pathlib import Path
 
 from legion_shm import faults
 from legion_shm.errors import ConfigError
-from legion_shm.transport.segment_portable import unlink_name
+from legion_shm.transport.sweep import base_trouble, is_same_file, remove_lock, sweep_one, try_lock
+from legion_shm.transport.sweeper import Sweeper
 
 __all__ = ["SOCKET_PATH_MAX_BYTES", "RuntimeDir", "base_mark", "default_base", "sweep_stale"]
 
@@ -38,33 +39,36 @@ SOCKET_PATH_MAX_BYTES = 100
 
 _NAME_BYTES = 8
 _SOCKET_NAME_BYTES = 16
-_PREFIX = re.compile(r"legion-[a-z0-9]{1,12}-")
 _TOKEN = re.compile(r"[a-z0-9]{1,12}")
-_SHM_DIRECTORY = "/dev/shm"
 _OPEN_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
 
 
 class RuntimeDir:
-    """A fresh private directory, removed by `close` or, after a crash, by the next `sweep_stale`.
+    """A fresh private directory, removed by `close`, else by its sweeper, else by the next `sweep_stale`.
 
     ``path`` is the directory; ``segment_prefix`` starts the names of all portable segments that belong
     to this supervisor (and to no other, given a ``token`` of its own).
     """
 
-    def __init__(self, path: Path, segment_prefix: str, lock_path: Path, lock_fd: int) -> None:
+    def __init__(
+        self, path: Path, segment_prefix: str, lock_path: Path, lock_fd: int, sweeper: Sweeper | None
+    ) -> None:
         self.path = path
         self.segment_prefix = segment_prefix
         self._lock_path = lock_path
         self._lock_fd = lock_fd
+        self._sweeper = sweeper
         self._pid = os.getpid()
         _open_dirs.add(self)
 
     @classmethod
-    def create(cls, base: Path | None = None, token: str | None = None) -> RuntimeDir:
+    def create(
+        cls, base: Path | None = None, token: str | None = None, *, sweeper: bool = True
+    ) -> RuntimeDir:
         """Make the directory and take its lock.
 
         ``token``: up to 12 of a-z0-9, which names the supervisor in its segments' names; by default
-        `base_mark` and random letters.
+        `base_mark` and random letters. ``sweeper``: whether a process of its own waits for our end.
         Raises `ConfigError`, saying what to do, where the base is not safe or its path too long.
         """
         base = default_base() if base is None else base
@@ -79,26 +83,22 @@ class RuntimeDir:
                 key="runtime_dir",
             )
         _make_base(base)
-        # The lock comes first and goes last, so that a directory without one is never a live supervisor's.
-        prefix = f"legion-{token}-"
-        while True:
-            lock_path = path.with_suffix(".lock")
-            lock_fd = os.open(lock_path, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
-            if _try_lock(lock_fd) and _is_same_file(lock_path, lock_fd):
-                break
-            # Another supervisor's sweep came between, and took the new file for a dead one's.
-            os.close(lock_fd)
-            path = base / secrets.token_hex(_NAME_BYTES)
+        watcher = Sweeper(path) if sweeper else None
         try:
-            os.write(lock_fd, prefix.encode("ascii"))
-            if faults.hit is not None:
-                faults.hit("runtime_dir.after_lock")
-            path.mkdir(mode=0o700)
-            path.chmod(0o700)
+            path, lock_fd = _make(path, f"legion-{token}-", watcher)
         except BaseException:
-            _remove_lock(lock_path, lock_fd)
+            if watcher is not None:
+                watcher.close()
             raise
-        return cls(path, prefix, lock_path, lock_fd)
+        return cls(path, f"legion-{token}-", path.with_suffix(".lock"), lock_fd, watcher)
+
+    def watch(self) -> None:
+        """Have another sweeper where somebody has ended it."""
+        if self._sweeper is None or self._sweeper.watches() or self._lock_fd < 0:
+            return
+        if self._sweeper.pid is not None:
+            self._sweeper.close()
+            self._sweeper = Sweeper(self.path)
 
     def socket_path(self, name: str) -> Path:
         """The path of a socket in this directory; `ConfigError` where no socket can have it."""
@@ -117,7 +117,9 @@ class RuntimeDir:
         fd, self._lock_fd = self._lock_fd, -1
         _open_dirs.discard(self)
         shutil.rmtree(self.path, ignore_errors=True)
-        _remove_lock(self._lock_path, fd)
+        remove_lock(self._lock_path, fd)
+        if self._sweeper is not None:
+            self._sweeper.close()
 
     def forget_lock(self) -> None:
         """In a forked child: let go of the inherited lock file, which else would outlive the supervisor."""
@@ -130,6 +132,31 @@ class RuntimeDir:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _make(path: Path, prefix: str, sweeper: Sweeper | None) -> tuple[Path, int]:
+    """The directory's path, which may have become another, and the descriptor that holds its lock."""
+    # The lock comes first and goes last, so that a directory without one is never a live supervisor's.
+    while True:
+        lock_path = path.with_suffix(".lock")
+        lock_fd = os.open(lock_path, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+        if try_lock(lock_fd) and is_same_file(lock_path, lock_fd):
+            break
+        # Another supervisor's sweep came between, and took the new file for a dead one's.
+        os.close(lock_fd)
+        path = path.with_name(secrets.token_hex(_NAME_BYTES))
+        if sweeper is not None:
+            sweeper.expect(path.name)
+    try:
+        os.write(lock_fd, prefix.encode("ascii"))
+        if faults.hit is not None:
+            faults.hit("runtime_dir.after_lock")
+        path.mkdir(mode=0o700)
+        path.chmod(0o700)
+    except BaseException:
+        remove_lock(lock_path, lock_fd)
+        raise
+    return path, lock_fd
 
 
 def base_mark(base: Path) -> str:
@@ -174,21 +201,9 @@ def sweep_stale(base: Path | None = None) -> list[Path]:
         return swept
     _check_base(base)
     for lock_path in sorted(base.glob("*.lock")):
-        try:
-            fd = os.open(lock_path, _OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0))
-        except OSError:  # closed just now by its own supervisor, or by another sweep
-            continue
-        if not _try_lock(fd):
-            os.close(fd)
-            continue
-        if _is_same_file(lock_path, fd):
-            _unlink_segments(os.read(fd, 64).decode("ascii", "replace"))
-            path = lock_path.with_suffix("")
-            shutil.rmtree(path, ignore_errors=True)
+        path = lock_path.with_suffix("")
+        if sweep_one(str(path)):
             swept.append(path)
-            _remove_lock(lock_path, fd)
-        else:
-            os.close(fd)
     return swept
 
 
@@ -213,16 +228,7 @@ def _make_base(base: Path) -> None:
 
 def _check_base(base: Path) -> None:
     """Refuse a base that anyone else could have made, or could change."""
-    info = os.lstat(base)
-    trouble = ""
-    if stat.S_ISLNK(info.st_mode):
-        trouble = "is a symbolic link"
-    elif not stat.S_ISDIR(info.st_mode):
-        trouble = "is not a directory"
-    elif sys.platform != "win32" and info.st_uid != _uid():
-        trouble = f"belongs to user {info.st_uid}, not to user {_uid()}"
-    elif sys.platform != "win32" and stat.S_IMODE(info.st_mode) != 0o700:
-        trouble = f"has mode {stat.S_IMODE(info.st_mode):04o}, not 0700"
+    trouble = base_trouble(base)
     if trouble:
         raise ConfigError(
             f"the runtime directory {base} {trouble}; remove it, or give another runtime_dir",
@@ -230,58 +236,5 @@ def _check_base(base: Path) -> None:
         )
 
 
-def _unlink_segments(prefix: str) -> None:
-    if not _PREFIX.fullmatch(prefix):
-        return
-    with contextlib.suppress(OSError):
-        for name in os.listdir(_SHM_DIRECTORY):
-            if name.startswith(prefix) and os.lstat(f"{_SHM_DIRECTORY}/{name}").st_uid == _uid():
-                unlink_name(name)
-
-
 def _uid() -> int:
     return os.getuid() if sys.platform != "win32" else 0
-
-
-def _is_same_file(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(fd))
-    except OSError:
-        return False
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            os.lseek(fd, 1 << 20, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        finally:
-            os.lseek(fd, 0, os.SEEK_SET)
-        return True
-
-    def _remove_lock(path: Path, fd: int) -> None:
-        os.close(fd)
-        _unlink(path)
-
-else:
-    import fcntl
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _remove_lock(path: Path, fd: int) -> None:
-        _unlink(path)  # while it is still locked, so that nobody takes the next file of this name for ours
-        os.close(fd)

@@ -2,9 +2,8 @@
 
 Owns the name (its creator unlinks it), the whole-segment mapping and the per-block private mappings.
 It never registers with multiprocessing's resource tracker: before Python 3.13 the exit of any process
-that merely attached would unlink a live segment. What a killed supervisor leaves behind is removed by
-`runtime_dir.sweep_stale` of the next one (where names can be listed: Linux; on Windows a name ends with its
-last handle).
+that merely attached would unlink a live segment. What a killed supervisor leaves behind is removed by its
+`sweeper` (where names can be listed: Linux; on Windows a name ends with its last handle).
 
 It has been run on Linux, and with a Python for Windows under Wine. It is written for macOS too and has not
 been run there: nothing is imported that those lack, a system that refuses copy-on-write mappings of shared

@@ -31,6 +31,7 @@ from legion_shm import (
     faults,
 )
 from legion_shm.testing.failpoints import PLACES, arm, armed
+from legion_shm.transport.runtime_dir import base_mark
 from tests import needs
 from tests.reliability.support import do
 from tests.system.support import REPO, flow, gone, run, script_env, spec, wait_for
@@ -294,6 +295,7 @@ def base() -> Iterator[Path]:
 )
 def test_a_supervisor_killed_at_any_place_leaves_nothing(base: Path, place: str, segments: str) -> None:
     text = place if "=" in place else f"{place}=kill"
+    mark = f"legion-{base_mark(base)}"
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(base), segments],
         env=script_env(LEGION_FAILPOINTS=text),
@@ -311,12 +313,9 @@ def test_a_supervisor_killed_at_any_place_leaves_nothing(base: Path, place: str,
         out, _ = program.communicate(timeout=10)
     assert (program.returncode, out) == (-9, ""), "it was killed, and there"
     wait_for(lambda: all(gone(pid) for pid in family), "its workers have ended", within_s=2.0)
-    prefixes = [lock.read_text() for lock in base.glob("*.lock")]
-    with Supervisor(runtime_dir=str(base)):
-        assert len(list(base.iterdir())) == 2, "the new one's alone"
-        left = [name for name in Path("/dev/shm").iterdir() if name.name.startswith(tuple(prefixes))]
-        assert not left
-    assert list(base.iterdir()) == []
+    wait_for(lambda: not list(base.iterdir()), "its folder and its lock are gone", within_s=2.0)
+    left = [name.name for name in Path("/dev/shm").iterdir() if name.name.startswith(mark)]
+    assert not left, "segments with names"
 
 
 def cmdline(process: psutil.Process) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 
 from legion_shm import Supervisor, WorkerLost
 from legion_shm.supervisor.facilities import PLAIN
+from legion_shm.transport.runtime_dir import default_base
 from tests import needs
 from tests.system.support import (
     MEGABYTE_OF_FLOATS,
@@ -30,10 +31,11 @@ from tests.system.support import (
 pytestmark = needs.posix
 
 PROGRAM = """
-import sys
+import sys, torch
 from legion_shm import Supervisor
 from tests.system.support import flow, node_started, only_worker, spec
 legion = Supervisor(segments="portable")
+value = legion.share(torch.ones(1 << 18))
 job = legion.submit(flow("TestSleep", seconds=60.0), spec=spec())
 node_started(job)
 print(only_worker(legion).pid, flush=True)
@@ -63,15 +65,23 @@ def test_a_tensor_goes_there_and_back_and_a_killed_worker_is_seen_at_once() -> N
     assert gone(pid)
 
 
-def test_workers_do_not_outlive_a_killed_supervisor() -> None:
+def segments_with(prefix: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
+
+
+def test_neither_workers_nor_segments_nor_folders_outlive_a_killed_supervisor() -> None:
+    base = default_base()
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM], env=script_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with program:
         assert program.stdout is not None
         pid = int(program.stdout.readline())
+        (lock,) = base.glob("*.lock")
+        prefix = lock.read_text()
+        assert segments_with(prefix)
         program.kill()
         program.wait(10)
         wait_for(lambda: gone(pid), "the worker is gone", within_s=2.0)
-    with Supervisor():
-        pass  # the next one's start removes what was left
+        wait_for(lambda: not list(base.iterdir()), "the folder is gone", within_s=2.0)
+        assert not segments_with(prefix), "nor is there a segment"

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from legion_shm.transport.runtime_dir import sweep_stale
+from legion_shm.transport.runtime_dir import default_base
 from tests import needs
 from tests.system.support import gone, run_script, script_env, wait_for
 
@@ -149,7 +149,8 @@ with Supervisor() as legion:
     assert errors.count("Traceback") == (1 if number == signal.SIGINT else 0), errors
     assert process.returncode == -number
     wait_for(lambda: gone(worker), "the worker has ended", within_s=2.0)
-    sweep_stale()  # SIGTERM gives Python no time: its folder goes at the next start
+    base = default_base()
+    wait_for(lambda: not list(base.iterdir()), "the folder is gone", within_s=2.0)
 
 
 def test_a_supervisor_that_is_dropped_warns_and_ends_its_workers(tmp_path: Path) -> None:
@@ -241,4 +242,3 @@ os.kill(os.getpid(), 9)
     finally:
         psutil.Process(child).kill()
         process.stdout.close()
-        sweep_stale()

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from legion_shm.errors import ConfigError
-from legion_shm.transport import runtime_dir
+from legion_shm.transport import runtime_dir, sweep
 from legion_shm.transport.runtime_dir import (
     SOCKET_PATH_MAX_BYTES,
     RuntimeDir,
@@ -23,6 +24,7 @@ from legion_shm.transport.runtime_dir import (
 )
 from legion_shm.transport.segment import create_segment
 from tests import needs
+from tests.system.support import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,14 +160,14 @@ def test_the_default_base_is_the_users_runtime_directory_or_the_temporary_one(
 # --- what the dead leave ------------------------------------------------------------------------------
 
 
-def killed_supervisor(base: Path, token: str) -> tuple[Path, str]:
+def killed_supervisor(base: Path, token: str, *, sweeper: bool = False) -> tuple[Path, str]:
     """A process that makes a runtime directory and a portable segment, and is killed."""
     script = f"""
 import os, signal
 from pathlib import Path
 from legion_shm.transport.runtime_dir import RuntimeDir
 from legion_shm.transport.segment import create_segment
-made = RuntimeDir.create(Path({str(base)!r}), {token!r})
+made = RuntimeDir.create(Path({str(base)!r}), {token!r}, sweeper={sweeper})
 segment = create_segment("portable", 65536, name_prefix=made.segment_prefix)
 made.socket_path("control").write_text("")
 print(made.path, segment.descriptor, flush=True)
@@ -177,6 +179,136 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, done.stderr
     path, name = done.stdout.split()
     return Path(path), name
+
+
+@needs.posix
+def test_what_a_killed_supervisor_left_is_removed_by_its_sweeper_and_nothing_else_is(base: Path) -> None:
+    with RuntimeDir.create(base) as alive:
+        stale = RuntimeDir.create(base, sweeper=False)
+        stale.forget_lock()  # of a third, which is dead and is nobody's but the next start's
+        mine = create_segment("portable", 65536, name_prefix=alive.segment_prefix)
+        path, name = killed_supervisor(base, f"t{os.getpid()}c", sweeper=True)
+        wait_for(lambda: not path.with_suffix(".lock").exists(), "the sweeper is done", within_s=2.0)
+        assert not path.exists()
+        assert name not in os.listdir("/dev/shm")
+        assert mine.descriptor in os.listdir("/dev/shm")
+        assert alive.path.is_dir()
+        assert stale.path.is_dir()
+        mine.close()
+    assert sweep_stale(base) == [stale.path]
+
+
+@needs.posix
+def test_a_sweeper_ends_with_its_directory(base: Path) -> None:
+    made = RuntimeDir.create(base)
+    assert made._sweeper is not None
+    pid = made._sweeper.pid
+    assert pid is not None
+    made.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@needs.posix
+def test_a_directory_that_cannot_be_made_has_no_sweeper_for_long(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = psutil.Process().children()
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    os.mkdir(base, 0o700)
+    with pytest.raises(PermissionError):
+        RuntimeDir.create(base)
+    assert psutil.Process().children() == before
+    assert os.listdir(base) == []
+
+
+def forbidden(self: Path, **_: object) -> None:
+    raise FileExistsError if self.exists() else PermissionError(13, "forbidden")
+
+
+@needs.posix
+@pytest.mark.parametrize("trouble", ["held", "link", "open", "swept"])
+def test_a_sweeper_removes_nothing_where_it_cannot_be_sure(base: Path, trouble: str) -> None:
+    """Its owner's lock is held by someone, the base is not what it was, another sweep was first."""
+    made = RuntimeDir.create(base, sweeper=False)
+    (made.path / "control").write_text("")
+    told = subprocess.Popen(
+        [sys.executable, "-I", sweep.__file__, str(base)], stdin=subprocess.PIPE, cwd=os.sep
+    )
+    assert told.stdin is not None
+    told.stdin.write(f"{made.path.name}\n../{made.path.name}\n".encode())
+    elsewhere = base.with_name("elsewhere")
+    if trouble == "held":
+        pass
+    elif trouble == "link":
+        base.rename(elsewhere)
+        base.symlink_to(elsewhere)
+    elif trouble == "open":
+        base.chmod(0o777)
+    else:
+        made.forget_lock()
+        assert sweep_stale(base) == [made.path]
+        made = RuntimeDir.create(base, sweeper=False)
+    if trouble in ("link", "open"):
+        made.forget_lock()
+    told.stdin.close()
+    assert told.wait(20) == 0
+    assert made.path.is_dir()
+    if trouble != "swept":
+        assert (made.path / "control").exists()
+    base.chmod(0o700)
+    if trouble == "link":
+        base.unlink()
+        elsewhere.rename(base)
+    made.close()
+
+
+@needs.posix
+def test_a_sweeper_follows_no_link_out_of_its_directory(base: Path) -> None:
+    outside = base.parent / "outside"
+    outside.mkdir()
+    (outside / "keep").write_text("")
+    made = RuntimeDir.create(base, sweeper=False)
+    (made.path / "link").symlink_to(outside)
+    made.forget_lock()
+    assert sweep.sweep_one(str(made.path))
+    assert os.listdir(outside) == ["keep"]
+    (base / "b").symlink_to(outside)
+    (base / "b.lock").write_text("")
+    sweep.sweep_one(str(base / "b"))
+    assert os.listdir(outside) == ["keep"]
+
+
+@needs.posix
+@pytest.mark.parametrize(
+    ("executable", "frozen"), [("/opt/renderer/bin/renderer", False), ("", False), (sys.executable, True)]
+)
+def test_a_program_that_is_no_plain_python_is_not_executed_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch, executable: str, frozen: bool
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "frozen", frozen, raising=False)
+    with RuntimeDir.create(base) as made:
+        assert made._sweeper is not None
+        assert made._sweeper.pid is None
+        made.watch()
+        assert psutil.Process().children() == []
+    assert os.listdir(base) == []
+
+
+@needs.posix
+def test_where_no_process_can_be_started_there_is_no_sweeper(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    fds = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with RuntimeDir.create(base):
+        pass
+    assert os.listdir(base) == []
+    assert len(os.listdir("/proc/self/fd")) == fds
 
 
 @needs.posix
@@ -229,7 +361,7 @@ def test_no_base_is_nothing_to_sweep(base: Path) -> None:
 @needs.fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_neither_removes_the_directory_nor_holds_its_lock(base: Path) -> None:
-    made = RuntimeDir.create(base)
+    made = RuntimeDir.create(base, sweeper=False)
     up_read, up_write = os.pipe()
     down_read, down_write = os.pipe()
     child = os.fork()
@@ -255,22 +387,26 @@ def test_a_forked_child_neither_removes_the_directory_nor_holds_its_lock(base: P
 def test_a_sweep_that_comes_while_a_lock_file_is_made_costs_only_another_name(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runtime_dir._try_lock
+    real = sweep.try_lock
     swept: list[Path] = []
 
     def lock_after_a_sweep(fd: int) -> bool:
         if not swept:
-            monkeypatch.setattr(runtime_dir, "_try_lock", real)
+            monkeypatch.setattr(runtime_dir, "try_lock", real)
             swept.extend(sweep_stale(base))
         return real(fd)
 
-    monkeypatch.setattr(runtime_dir, "_try_lock", lock_after_a_sweep)
+    monkeypatch.setattr(runtime_dir, "try_lock", lock_after_a_sweep)
     with RuntimeDir.create(base) as made:
         assert len(swept) == 1
         assert made.path not in swept
         assert sweep_stale(base) == []
         assert made.path.is_dir()
-    assert os.listdir(base) == []
+        assert made._sweeper is not None
+        made.forget_lock()  # with its pipe, as our end would
+        made._sweeper._close_pipe()
+        wait_for(lambda: os.listdir(base) == [], "its sweeper knows the other name", within_s=2.0)
+        made._sweeper.close()
 
 
 def test_a_base_in_a_missing_folder_is_not_made(base: Path) -> None:
