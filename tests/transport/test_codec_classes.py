@@ -328,6 +328,7 @@ def test_looking_a_class_up_runs_nothing_of_its_module() -> None:
         (f"dataclass:{__name__}:Fixed", {"unknown": 1}),
         (f"dataclass:{__name__}:Fixed", [1]),
         (f"dataclass:{__name__}:Box", {1: 2}),
+        (f"dataclass:{__name__}:Box", collections.Counter({"content": 1})),
         (f"namedtuple:{__name__}:Point", (1,)),
         (f"namedtuple:{__name__}:Point", [1, 2]),
         (f"enum:{__name__}:Colour", "GREEN"),
