@@ -1,9 +1,14 @@
-"""iceoryx2: publish and subscribe of byte slices, samples loaned from its shared memory.
+"""iceoryx2: publish and subscribe of slices of pages, samples loaned from its shared memory.
 
-Settings: one service each way, one sample in flight; memory allocated once for the largest message
-(``initial_max_slice_len``); each sample is loaned uninitialized, filled by ``ctypes.memmove`` (which gives
-up the GIL), and used in place by the receiver; an event service each way wakes the receiver, which blocks.
-Its files have a prefix and a folder of their own, so that they can be removed.
+Settings: one service each way with one publisher and one subscriber, one sample in flight; memory allocated
+once for the largest message (``initial_max_slice_len``); each sample is loaned uninitialized, filled by
+``ctypes.memmove`` (which gives up the GIL), and used in place by the receiver; an event service each way
+wakes the receiver, which blocks. Its files have a prefix and a folder of their own, so that they can be
+removed.
+
+The element is a page, not a byte: iceoryx2 rounds each element up to the alignment when it sizes its memory,
+so that aligned bytes take 4096 times what they hold (55 TB of addresses each way for messages of 400 MB, which
+a process has no room to map twice: the subscriber then receives nothing, and no error says so).
 """
 
 from __future__ import annotations
@@ -22,8 +27,22 @@ from legion_shm.native_bench.peers.child import ChildSession, Link
 
 __all__ = ["PEERS"]
 
-_HEAD_WORDS = 8  # the shape, before the bytes: a page's worth would cost nothing more
-_HEAD_BYTES = 4096
+_HEAD_WORDS = 8  # the shape, in a page before the bytes
+_PAGE_BYTES = 4096
+
+
+class _Page(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_uint8 * _PAGE_BYTES),)
+
+    @staticmethod
+    def type_name() -> str:
+        """By which iceoryx2 tells that both ends speak of the same."""
+        return "LegionBenchPage"
+
+
+def _pages(nbytes: int) -> int:
+    """Of a message: the head's and as many as hold its bytes."""
+    return 1 + -(-nbytes // _PAGE_BYTES)
 
 
 class _IceoryxLink(Link):
@@ -42,9 +61,7 @@ class _IceoryxLink(Link):
         )
         there, back = self._service(f"{name}/there"), self._service(f"{name}/back")
         outgoing, incoming = (back, there) if child else (there, back)
-        self._publisher = (
-            outgoing[0].publisher_builder().initial_max_slice_len(most_bytes + _HEAD_BYTES).create()
-        )
+        self._publisher = outgoing[0].publisher_builder().initial_max_slice_len(_pages(most_bytes)).create()
         self._notifier = outgoing[1].notifier_builder().create()
         self._subscriber = incoming[0].subscriber_builder().create()
         self._listener = incoming[1].listener_builder().create()
@@ -56,8 +73,10 @@ class _IceoryxLink(Link):
         topic = ice.ServiceName.new(name)
         data = (
             self._node.service_builder(topic)
-            .publish_subscribe(ice.Slice[ctypes.c_uint8])
-            .payload_alignment(ice.Alignment.new(4096))
+            .publish_subscribe(ice.Slice[_Page])
+            .payload_alignment(ice.Alignment.new(_PAGE_BYTES))
+            .max_publishers(1)
+            .max_subscribers(1)
             .subscriber_max_buffer_size(2)
             .open_or_create()
         )
@@ -65,11 +84,11 @@ class _IceoryxLink(Link):
 
     def send(self, tensor: Any) -> None:
         nbytes = tensor.nbytes
-        sample = self._publisher.loan_slice_uninit(nbytes + _HEAD_BYTES)
+        sample = self._publisher.loan_slice_uninit(_pages(nbytes))
         head = (ctypes.c_uint64 * _HEAD_WORDS)(tensor.dim(), *tensor.shape)
         address = sample.payload_ptr
         ctypes.memmove(address, head, ctypes.sizeof(head))
-        ctypes.memmove(address + _HEAD_BYTES, tensor.data_ptr(), nbytes)
+        ctypes.memmove(address + _PAGE_BYTES, tensor.data_ptr(), nbytes)
         sample.assume_init().send()
         self._notifier.notify()
 
@@ -86,7 +105,7 @@ class _IceoryxLink(Link):
         count = 4
         for side in shape:
             count *= side
-        return as_tensor((ctypes.c_ubyte * count).from_address(address + _HEAD_BYTES), shape)
+        return as_tensor((ctypes.c_ubyte * count).from_address(address + _PAGE_BYTES), shape)
 
     def release(self) -> None:
         self._sample = None
@@ -100,7 +119,7 @@ class _IceoryxLink(Link):
 class IceoryxPeer(Peer):
     name = "iceoryx2"
     title = "iceoryx2"
-    settings = "publish-subscribe of byte slices, pre-allocated, loaned, memmove in, event to wake"
+    settings = "publish-subscribe of slices of pages, pre-allocated, loaned, memmove in, event to wake"
     package = "iceoryx2"
 
     def open(self, most_bytes: int) -> Session:
