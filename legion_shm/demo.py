@@ -16,6 +16,7 @@ The ways take turns, so that what else the machine does meets all of them alike.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -321,4 +322,8 @@ def _median_of(runs: Sequence[SharedRun], hop: str) -> float:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.2f}"
+    """Milliseconds with two decimals, or more where the first two digits come later: 0.00042, never 0.00."""
+    milliseconds = 1e3 * seconds
+    if not 0 < milliseconds < 0.1:
+        return f"{milliseconds:,.2f}"
+    return f"{milliseconds:.{1 - math.floor(math.log10(milliseconds))}f}"

@@ -290,11 +290,22 @@ class Supervisor:
         return self._loop.snapshot(_SNAPSHOT_WAIT_S)
 
     def warm_up(self, spec: WorkerSpec | None = None, *, workers: int = 1) -> None:
-        """Start workers of a spec now, in the background, so that the first job need not wait for it."""
+        """Start workers of a spec now, in the background, so that the first job need not wait for it.
+
+        ``workers``: how many there are to be, those that run already among them. Raises ConfigError for more
+        than ``max_workers`` of the spec or of the supervisor allows.
+        """
         self._check_open()
         if type(workers) is not int or workers < 1:
             raise ConfigError(f"workers: expected a whole number from 1 on, got {workers!r}", key="workers")
         resolved = resolve_spec(spec or WorkerSpec())
+        for most, whose in ((resolved.max_workers, "worker spec"), (self.settings.max_workers, "supervisor")):
+            if workers > most:
+                raise ConfigError(
+                    f"workers: {workers} were asked for, but max_workers of the {whose} is {most}: raise "
+                    f"max_workers there, or ask for {most}",
+                    key="max_workers",
+                )
         self._loop.stimulate(WarmUpRequested(self._pool(resolved), workers))
 
     def free(self, spec: WorkerSpec | None = None, *, wait_s: float | None = None) -> tuple[FreedMemory, ...]:

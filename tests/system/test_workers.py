@@ -60,7 +60,7 @@ def test_a_snapshot_says_what_a_worker_is_and_does(legion: Supervisor, tmp_path:
 def test_workers_are_warmed_up_before_the_first_job() -> None:
     with Supervisor() as legion:
         two = spec(max_workers=2)
-        legion.warm_up(two, workers=5)
+        legion.warm_up(two, workers=2)
         wait_for(lambda: [worker.state for worker in legion.workers()] == ["idle", "idle"], "two are idle")
         legion.stop_workers(two)
         wait_for(lambda: not legion.workers(), "they have stopped")
