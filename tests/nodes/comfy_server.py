@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ import psutil
 REPO = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+
+LAUNCH = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(REPO)!r}); from legion_shm.cli import main; sys.exit(main())",
+    "launch",
+    "--",
+)
+"""`legion launch --` of this repository, whether or not it is installed."""
 
 # Nodes for the master and its workers alike: a source of known bits, one that writes them down, and more.
 PROBE_PACK = '''
@@ -161,8 +170,12 @@ class ComfyServer:
         probe_pack: str = PROBE_PACK,
         environment: Mapping[str, str] | None = None,
         front_end: bool = False,
+        launcher: Sequence[str] = (),
     ) -> None:
-        """``legion`` becomes ``custom_nodes/name``. ``front_end``: with the page that its Python has."""
+        """``legion`` becomes ``custom_nodes/name``. ``front_end``: with the page that its Python has.
+
+        ``launcher``: a command that executes the one which follows it, as `LAUNCH` does.
+        """
         self.base = base
         for folder in ("custom_nodes/probe_pack", "frontend", "input", "output", "user/default", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
@@ -176,6 +189,7 @@ class ComfyServer:
         self._log = open(base / "server.log", "w+", encoding="utf-8")  # noqa: SIM115 - closed by stop
         self.process = subprocess.Popen(
             [
+                *launcher,
                 python,
                 str(comfyui / "main.py"),
                 "--cpu",
