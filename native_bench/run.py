@@ -84,6 +84,8 @@ def run(options: Options) -> Result:
     wanted = options.sizes or (",".join(QUICK_SIZES) if options.quick else ",".join(s.label for s in SIZES))
     sizes = parse_sizes(wanted)
     peers = choose_peers(options.peers)
+    if options.comfyui_python is not None and options.comfyui is None:
+        raise BenchmarkError("--comfyui-python says what runs a ComfyUI: give --comfyui PATH as well")
     missing: list[Missing] = []
 
     def note(what: str, why: str) -> None:

@@ -5,8 +5,8 @@ are never loaded here; their prestartup scripts are run, since they have to come
 there is a GPU, nothing of ComfyUI's core is loaded, for `comfy.model_management` looks at the device when it
 is imported; libraries alone are.
 
-    main.py up to its main code ─▶ libraries that ComfyUI's files import
-                                └▶ with --cpu: core and extra nodes' imports too
+    main.py up to its main code ─▶ with --cpu: torch's library, core, extra nodes' imports
+                                └▶ libraries that ComfyUI's other files import
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from legion_shm.supervisor.comfy_args import accelerator_found, headless_arguments, read_arguments
 from legion_shm.supervisor.comfy_main import MainProgram
+from legion_shm.supervisor.torch_library import torch_library_loading
 
 __all__ = ["imported_by", "preload_comfyui"]
 
@@ -35,6 +36,8 @@ _NEEDS_TORCH = frozenset(
         *("safetensors", "comfy_kitchen"),
     }
 )
+_BESIDE = "sympy"
+"""torch imports it a little later; it has no library of its own, and takes as long as torch's."""
 
 
 def preload_comfyui(root: Path, extra_args: Sequence[str]) -> MainProgram | str:
@@ -63,12 +66,14 @@ def preload_comfyui(root: Path, extra_args: Sequence[str]) -> MainProgram | str:
             return "a prestartup script loads torch, which this ComfyUI has to set up memory for first"
         # Its modules keep for good what the set-up has made, or that it has made nothing yet.
         skipped = _NEEDS_TORCH | _TORCH_FIRST
-    if culprit := _import_libraries(root, skipped):
-        return f"{culprit} loads torch, which this ComfyUI has to set up memory for first"
     if on_cpu:
+        with torch_library_loading(), contextlib.suppress(ImportError):
+            importlib.import_module(_BESIDE)
         _import_core(
             root, program.modules(), with_api_nodes=not getattr(arguments, "disable_api_nodes", False)
         )
+    if culprit := _import_libraries(root, skipped):
+        return f"{culprit} loads torch, which this ComfyUI has to set up memory for first"
     return program
 
 
@@ -87,12 +92,14 @@ def _in_a_child(ask: Any) -> bool:
 def _import_libraries(root: Path, skipped: frozenset[str]) -> str:
     """What ComfyUI's files import and is not ComfyUI's. Missing ones are ComfyUI's to complain about.
 
-    The answer is the first that asked for what is ``skipped``, which it did not get; empty where none did.
+    Those of a file that is loaded have been imported with it. The answer is the first that asked for what is
+    ``skipped``, which it did not get; empty where none did.
     """
+    loaded = {getattr(module, "__file__", None) for module in tuple(sys.modules.values())}
     refused = _Refused(skipped)
     sys.meta_path.insert(0, refused)
     try:
-        for name in imported_by(_files(root)):
+        for name in imported_by([path for path in _files(root) if str(path) not in loaded]):
             top, *parts = name.split(".")
             if top in skipped or (root / top).exists() or (root / f"{top}.py").exists():
                 continue

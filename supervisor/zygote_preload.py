@@ -11,25 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from legion_shm.comfy_location import find_comfyui
+from legion_shm.supervisor.torch_library import torch_library_loading
 
 __all__ = ["NotToBePreloaded", "preload"]
 
+_HOST = ("psutil", "legion_shm.supervisor.host")
 _GRAPH = (
     "numpy",
     "torch",
     "PIL.Image",
-    "psutil",
-    "legion_shm.supervisor.host",
     "legion_shm.transport.tensors",
     "legion_shm.supervisor.graph",
     "legion_shm.supervisor.graph_nodes",
     "legion_shm.nodes",
 )
-_COMFY = (
-    "psutil",
-    "legion_shm.supervisor.host",
-    "legion_shm.supervisor.comfy",
-)  # after ComfyUI's own, whose settings decide how torch is to be loaded
+_COMFY = ("legion_shm.supervisor.comfy",)
 
 
 class NotToBePreloaded(Exception):
@@ -42,10 +38,19 @@ def preload(engine: str, comfyui_path: str | None, extra_args: Sequence[str]) ->
     The answer tells, whenever it is asked, what a new worker has to see and forks would not, for it has
     changed since. Raises NotToBePreloaded, and what an import raises.
     """
-    changed = _preload_comfyui(comfyui_path, extra_args) if engine == "comfy" else str
-    for name in _COMFY if engine == "comfy" else _GRAPH:
+    if engine == "comfy":  # its own first, whose settings decide how torch is to be loaded
+        changed = _preload_comfyui(comfyui_path, extra_args)
+        _import((*_HOST, *_COMFY))
+        return changed
+    with torch_library_loading():
+        _import(_HOST)
+    _import(_GRAPH)
+    return str
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
         importlib.import_module(name)
-    return changed
 
 
 def _preload_comfyui(comfyui_path: str | None, extra_args: Sequence[str]) -> Callable[[], str]:

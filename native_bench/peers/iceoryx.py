@@ -6,9 +6,9 @@ once for the largest message (``initial_max_slice_len``); each sample is loaned 
 wakes the receiver, which blocks. Its files have a prefix and a folder of their own, so that they can be
 removed.
 
-The element is a page, not a byte: iceoryx2 rounds each element up to the alignment when it sizes its memory,
-so that aligned bytes take 4096 times what they hold (55 TB of addresses each way for messages of 400 MB, which
-a process has no room to map twice: the subscriber then receives nothing, and no error says so).
+The element is a page, not a byte: iceoryx2 rounds each element up to the alignment when it sizes its memory.
+Aligned bytes take 4096 times what they hold, for messages of 400 MB 55 TB of addresses each way. A process
+has no room to map that twice; the subscriber then receives nothing, and no error says so.
 """
 
 from __future__ import annotations

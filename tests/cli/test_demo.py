@@ -126,7 +126,14 @@ def test_the_command_writes_a_png_and_refuses_what_is_no_image(
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0.0, "0.00"), (4.2e-7, "0.00042"), (9.96e-5, "0.100"), (1e-4, "0.10"), (0.0125, "12.50"), (2.0, "2,000.00")],
+    [
+        (0.0, "0.00"),
+        (4.2e-7, "0.00042"),
+        (9.96e-5, "0.100"),
+        (1e-4, "0.10"),
+        (0.0125, "12.50"),
+        (2.0, "2,000.00"),
+    ],
 )
 def test_a_time_too_short_for_two_decimals_gets_more(seconds: float, shown: str) -> None:
     assert legion_shm.demo._ms(seconds) == shown

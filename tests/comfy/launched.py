@@ -111,7 +111,12 @@ def prompt_for(seed: int, *, height: int, width: int, invert: bool = False) -> d
     settings = 'comfyui: {type: local_process}\nexecution: {extra_args: "--cpu"}'
     image = {"seed": seed, "height": height, "width": width}
     master = {"legion_config": ["config", 0], "input_1": ["source", 0], "workflow_text": json.dumps(flow)}
-    sink = {"sent": ["source", 0], "came": ["master", 1], "inverted": ["master", 2], "campaign": ["master", 0]}
+    sink = {
+        "sent": ["source", 0],
+        "came": ["master", 1],
+        "inverted": ["master", 2],
+        "campaign": ["master", 0],
+    }
     return {
         "config": {"class_type": "LegionConfig", "inputs": {"config_yaml": settings}},
         "source": {"class_type": "LaunchSource", "inputs": image},
@@ -126,7 +131,9 @@ def shown_by(server: ComfyServer, prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(servers: dict[str, ComfyServer], sizes: Sequence[str], rounds: int) -> None:
-    print("| image | without, ms: median (worst), copies | under legion launch, ms | ratio |\n|---|---|---|---|")
+    print(
+        "| image | without, ms: median (worst), copies | under legion launch, ms | ratio |\n|---|---|---|---|"
+    )
     seed = 0
     for size in sizes:
         height, width = SIZES[size]

@@ -129,7 +129,9 @@ def test_what_is_wrong_with_a_call_is_said_by_the_call(legion: Supervisor) -> No
         with pytest.raises(ConfigError, match="workers"):
             legion.warm_up(spec(), workers=workers)  # type: ignore[arg-type]
     known = {worker.id for worker in legion.workers()}
-    with pytest.raises(ConfigError, match=r"2 were asked for, but max_workers of the worker spec is 1") as few:
+    with pytest.raises(
+        ConfigError, match=r"2 were asked for, but max_workers of the worker spec is 1"
+    ) as few:
         legion.warm_up(spec(), workers=2)
     assert few.value.key == "max_workers"
     assert {worker.id for worker in legion.workers()} == known

@@ -10,7 +10,9 @@ come one after the other, after one round that does not count:
 - *following*: one more worker, of the supervisor that has the first;
 - *restart*: from the ``kill -9`` of a worker until there are again as many that can take a job.
 
-All have the command line arguments that are given after ``--``.
+All have the command line arguments that are given after ``--``. Python keeps the bytecode of what it
+compiles, as on a user's machine, but in a folder that is gone afterwards; the first round fills it. Where the
+environment forbids bytecode, 700 files of ComfyUI are compiled in each start: ``--no-bytecode`` shows that.
 """
 
 from __future__ import annotations
@@ -144,13 +146,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--no-bytecode", action="store_true", help="compile everything in each start")
     parser.add_argument("arguments", nargs="*", metavar="-- COMFYUI_ARGUMENT")
     chosen = parser.parse_args()
     comfyui = chosen.comfyui.expanduser().resolve()
     arguments = chosen.arguments or ["--cpu"]
     spec = WorkerSpec(engine="comfy", comfyui_path=str(comfyui), extra_args=tuple(arguments), max_workers=2)
+    with tempfile.TemporaryDirectory(prefix="legion-measure-") as folder:
+        if chosen.no_bytecode:
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        else:
+            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+            os.environ["PYTHONPYCACHEPREFIX"] = folder
+        figures = _rounds(comfyui, arguments, spec, chosen.runs)
+    print("\n| | ready, s: median (worst) | of the server's | idle USS, MB | idle PSS, MB |")
+    print("|---|---|---|---|---|")
+    for kind in (*_KINDS, "zygote"):
+        print(_row(figures, kind))
+
+
+def _rounds(comfyui: Path, arguments: list[str], spec: WorkerSpec, runs: int) -> Figures:
+    """One more than ``runs``, of which the first does not count."""
     figures = Figures()
-    for number in range(chosen.runs + 1):
+    for number in range(runs + 1):
         load = os.getloadavg()[0]
         made = figures if number else Figures()
         server(comfyui, arguments, made)
@@ -158,10 +176,7 @@ def main() -> None:
         forked(spec, made)
         shown = ", ".join(f"{kind} {made.ready_s[kind][-1]:.2f}" for kind in _KINDS)
         print(f"round {number}: {shown} s (load before: {load:.1f})", flush=True)
-    print("\n| | ready, s: median (worst) | of the server's | idle USS, MB | idle PSS, MB |")
-    print("|---|---|---|---|---|")
-    for kind in (*_KINDS, "zygote"):
-        print(_row(figures, kind))
+    return figures
 
 
 def _row(figures: Figures, kind: str) -> str:
