@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from legion_shm.errors import InvalidWorkflow, JobCancelled, LegionError
 
@@ -53,7 +54,12 @@ class JobContext:
             return dict(self._outputs)
 
     def deliver(self, name: str, value: object) -> None:
-        """Make ``value`` the job's output ``name``; a name given twice is InvalidWorkflow."""
+        """Make ``value`` the job's output ``name``; a name given twice, or no text, is InvalidWorkflow."""
+        if not isinstance(cast("object", name), str) or not name:
+            raise InvalidWorkflow(
+                f"an output's name is non-empty text, not {name!r:.60}; give the node that delivers it a name",
+                input_name="name",
+            )
         with self._lock:
             if name in self._outputs:
                 raise InvalidWorkflow(

@@ -48,6 +48,7 @@ WorkflowSource = Union[Mapping[str, Any], str, "os.PathLike[str]"]
 
 _MAX_BYTES = 64 << 20
 _NUMBERS = frozenset(str(number) for number in range(1, CHANNELS + 1))
+_SLOTS = {"LegionImporter": CHANNELS + 1, "LegionInput": 1, "LegionExporter": 0, "LegionOutput": 0}
 
 
 def is_link(value: object) -> bool:
@@ -75,6 +76,8 @@ def load_workflow(source: WorkflowSource) -> Workflow:
     elif isinstance(source, os.PathLike):
         raw, where = _read_file(Path(source)), f"the workflow file {os.fspath(source)}"
     elif isinstance(cast("object", source), str):
+        if not source.strip():
+            raise InvalidWorkflow("the workflow is an empty text; give JSON text or the path of a file")
         if source.lstrip()[:1] in ("{", "["):
             raw, where = _parse(source, "the workflow text"), "the workflow text"
         else:
@@ -241,6 +244,17 @@ def _check_links(workflow: Workflow) -> None:
                     input_name=name,
                 )
             value[1] = int(slot)
+            kind = workflow[source]["class_type"]
+            slots = _SLOTS.get(kind)
+            if slots is not None and slot >= slots:
+                has = "1 output" if slots == 1 else f"{slots} outputs"
+                raise InvalidWorkflow(
+                    f"node {node_id} ({node['class_type']}), input {name}: it is linked to output {value[1]} "
+                    f"of node {source} ({kind}), which has {has}"
+                    + ("; the first is output 0" if slots else ""),
+                    node_id=node_id,
+                    input_name=name,
+                )
 
 
 def _check_cycles(workflow: Workflow) -> None:
@@ -323,7 +337,7 @@ def read_channels(workflow: Workflow) -> Channels:
                         )
                     add_output(f"output_{number}", node_id, name)
         elif kind == "LegionInput":
-            name = values.get("name")
+            name = _channel_name(node_id, kind, values)
             if isinstance(name, str):
                 inputs.add(name)
                 if "default" not in values:
@@ -331,10 +345,29 @@ def read_channels(workflow: Workflow) -> Channels:
             elif is_link(name):
                 open_inputs = True
         elif kind == "LegionOutput":
-            name = values.get("name")
+            name = _channel_name(node_id, kind, values)
             if isinstance(name, str):
                 add_output(name, node_id, "name")
+            if "value" not in values:
+                raise InvalidWorkflow(
+                    f"node {node_id} (LegionOutput), input value: nothing is linked to it",
+                    node_id=node_id,
+                    input_name="value",
+                )
     return Channels(frozenset(inputs), required, outputs, open_inputs)
+
+
+def _channel_name(node_id: str, kind: str, values: Mapping[str, Any]) -> object:
+    """What a LegionInput or LegionOutput has as its name: text, or what only the engine can make text of."""
+    name = values.get("name")
+    if name is None or name == "":
+        what = "is missing" if "name" not in values else f"is {name!r}"
+        raise InvalidWorkflow(
+            f"node {node_id} ({kind}), input name: it {what}; a channel's name is non-empty text",
+            node_id=node_id,
+            input_name="name",
+        )
+    return name
 
 
 def name_inputs(inputs: Mapping[str, object] | Sequence[object] | None) -> dict[str, object]:

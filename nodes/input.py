@@ -5,7 +5,7 @@ Owns the node alone. It reads the current job and changes nothing in it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from legion_shm.errors import InvalidWorkflow, LegionError
 from legion_shm.job_context import current_job
@@ -49,6 +49,11 @@ class LegionInput:
 
     def read(self, name: str, default: object = _NOTHING) -> tuple[object]:
         job = current_job()
+        if not isinstance(cast("object", name), str) or not name:
+            raise InvalidWorkflow(
+                f"an input's name is non-empty text, and what is linked to it gave {name!r:.60}",
+                input_name="name",
+            )
         if name in job.inputs:
             return (job.inputs[name],)
         if default is not _NOTHING:

@@ -35,7 +35,7 @@ class LegionOutput:
         return float("nan")
 
     def write(self, name: list[str], value: list[object]) -> tuple[()]:
-        if len(set(name)) != 1:
+        if len(set(map(repr, name))) != 1:  # by repr: what is linked may have no hash
             raise InvalidWorkflow(
                 f"LegionOutput takes one name, and was given {len(name)}: {', '.join(map(repr, name[:5]))}",
                 input_name="name",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from typing import cast
 
 import pytest
 
@@ -76,6 +77,15 @@ def test_a_name_delivered_twice_is_an_invalid_workflow_and_the_first_value_stays
     with pytest.raises(InvalidWorkflow, match="'mask' of job j1 is delivered twice"):
         job.deliver("mask", 2)
     assert job.outputs == {"mask": None}
+
+
+@pytest.mark.parametrize("name", [None, "", 3, {}])
+def test_an_output_whose_name_is_no_text_is_an_invalid_workflow(name: object) -> None:
+    job = JobContext("j1", {})
+    with pytest.raises(InvalidWorkflow, match="an output's name is non-empty text") as caught:
+        job.deliver(cast("str", name), 1)
+    assert caught.value.input_name == "name"
+    assert job.outputs == {}
 
 
 def test_a_cancelled_job_stops_at_its_next_check() -> None:

@@ -207,6 +207,19 @@ def test_an_output_with_several_names_is_an_invalid_workflow(harness: Harness) -
         harness.run({"1": node("Names"), "2": node("LegionOutput", name=["1", 0], value=5)})
 
 
+@pytest.mark.parametrize("linked", [None, 3, "", {"a": 1}, [1]])
+@pytest.mark.parametrize("kind", ["LegionInput", "LegionOutput"])
+def test_a_linked_name_that_is_no_text_is_an_invalid_workflow_that_names_the_node(
+    harness: Harness, kind: str, linked: object
+) -> None:
+    prompt = {"0": node("LegionImporter"), "1": node(kind, name=["0", 0], value=5)}
+    if kind == "LegionInput":
+        prompt["2"] = node("LegionOutput", name="x", value=["1", 0])
+    with pytest.raises(InvalidWorkflow, match="name is non-empty text") as caught:
+        harness.run(prompt, {"input_1": linked})
+    assert (caught.value.node_id, caught.value.input_name) == ("1", "name")
+
+
 def test_outside_of_a_worker_the_nodes_say_where_they_belong() -> None:
     with pytest.raises(LegionError, match="inside a workflow that a Legion worker runs"):
         LegionImporter().import_data()

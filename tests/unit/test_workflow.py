@@ -100,6 +100,8 @@ def test_inputs_may_be_left_out_and_unknown_parts_of_a_node_are() -> None:
         ("{", "the workflow text is not valid JSON: line 1, column 2"),
         ('{"1":\n oops}', "line 2, column 2"),
         ("[1, 2]", "the workflow text: expected an object of nodes, got list"),
+        ("", "the workflow is an empty text"),
+        (" \n", "the workflow is an empty text"),
         ("{}", "the workflow text has no nodes"),
         ({}, "the workflow has no nodes"),
         ("no/such/file.json", f"cannot read the workflow file {str(Path('no/such/file.json'))!r}"),
@@ -224,6 +226,19 @@ def test_a_link_to_nowhere_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "slots"),
+    [("LegionImporter", 13), ("LegionInput", 1), ("LegionExporter", 0), ("LegionOutput", 0)],
+)
+def test_a_link_to_an_output_that_our_nodes_lack_is_refused(kind: str, slots: int) -> None:
+    source = node(kind, name="x", value=1)
+    for slot in range(slots):
+        load_workflow({"in": source, "b": node("B", x=["in", slot])})
+    error = refused({"in": source, "b": node("B", x=["in", slots])})
+    assert (error.node_id, error.input_name) == ("b", "x")
+    assert f"node b (B), input x: it is linked to output {slots} of node in ({kind})" in str(error)
+
+
+@pytest.mark.parametrize(
     ("flow", "ring"),
     [
         ({"1": node(x=["1", 0])}, "1 <- 1"),
@@ -339,7 +354,7 @@ def test_named_channels_are_read_and_those_without_a_default_required() -> None:
 
 
 def test_a_name_that_comes_over_a_link_is_not_known_here() -> None:
-    found = channels(a=node("LegionInput", name=["src", 0]), b=node("LegionOutput", name=["src", 0]))
+    found = channels(a=node("LegionInput", name=["src", 0]), b=node("LegionOutput", name=["src", 0], value=1))
     assert found == Channels(frozenset(), {}, {}, True)
 
 
@@ -347,8 +362,11 @@ def test_a_name_that_comes_over_a_link_is_not_known_here() -> None:
     ("nodes", "name"),
     [
         ({"a": node("LegionExporter", input_2=1), "b": node("LegionExporter", input_2=1)}, "output_2"),
-        ({"a": node("LegionOutput", name="x"), "b": node("LegionOutput", name="x")}, "x"),
-        ({"a": node("LegionExporter", input_3=1), "b": node("LegionOutput", name="output_3")}, "output_3"),
+        ({"a": node("LegionOutput", name="x", value=1), "b": node("LegionOutput", name="x", value=1)}, "x"),
+        (
+            {"a": node("LegionExporter", input_3=1), "b": node("LegionOutput", name="output_3", value=1)},
+            "output_3",
+        ),
     ],
 )
 def test_an_output_that_two_nodes_deliver_is_refused(nodes: Any, name: str) -> None:
@@ -357,6 +375,20 @@ def test_an_output_that_two_nodes_deliver_is_refused(nodes: Any, name: str) -> N
     ) as caught:
         channels(**nodes)
     assert caught.value.node_id == "b"
+
+
+@pytest.mark.parametrize("given", [{}, {"name": ""}, {"name": None}])
+@pytest.mark.parametrize("kind", ["LegionInput", "LegionOutput"])
+def test_a_channel_without_a_name_is_refused(kind: str, given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidWorkflow, match="a channel's name is non-empty text") as caught:
+        channels(a=node(kind, **given, value=1))
+    assert (caught.value.node_id, caught.value.input_name) == ("a", "name")
+
+
+def test_an_output_without_a_value_is_refused() -> None:
+    with pytest.raises(InvalidWorkflow, match=r"node a \(LegionOutput\), input value") as caught:
+        channels(a=node("LegionOutput", name="x"))
+    assert (caught.value.node_id, caught.value.input_name) == ("a", "value")
 
 
 @pytest.mark.parametrize("number", ["0", "13", "01", "999999", "٣", "9" * 5000])
