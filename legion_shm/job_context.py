@@ -57,7 +57,7 @@ class JobContext:
         """Make ``value`` the job's output ``name``; a name given twice, or no text, is InvalidWorkflow."""
         if not isinstance(cast("object", name), str) or not name:
             raise InvalidWorkflow(
-                f"an output's name is non-empty text, not {name!r:.60}; give the node that delivers it a name",
+                f"an output's name is non-empty text, not {name!r:.60}; give the node that has it one",
                 input_name="name",
             )
         with self._lock:

@@ -179,11 +179,11 @@ class JobFeed:
     def events_from(self, position: int, timeout: float | None = None) -> tuple[list[Event], int]:
         """Wait for news after a position: the events since, and the position after them.
 
-        Gives none after ``timeout`` seconds without any.
+        Gives none after ``timeout`` seconds without any, and at once where the job's last one is before it.
         """
         self.check_process()
         with self._changed:
-            news = partial(self._changed.wait_for, lambda: self._history.end > position)
+            news = partial(self._changed.wait_for, lambda: self._has_news(position))
             self._readers += 1
             try:
                 heard(news, timeout)
@@ -192,7 +192,7 @@ class JobFeed:
             return self._since(position)
 
     async def events_from_async(self, position: int) -> tuple[list[Event], int]:
-        await self._until(lambda: self._history.end > position)
+        await self._until(lambda: self._has_news(position))
         with self._changed:
             return self._since(position)
 
@@ -200,9 +200,14 @@ class JobFeed:
         if os.getpid() != self._pid:
             raise ForkedError(f"job {self.job_id} belongs to process {self._pid}, not to its forked child")
 
+    def _has_news(self, position: int) -> bool:
+        """Whether there are events from there on, or will never be any."""
+        return self._history.end > position or self.done()
+
     def _since(self, position: int) -> tuple[list[Event], int]:
         history = self._history
         events: list[Event] = []
+        position = max(position, 0)
         if position < history.first:
             missed = history.first - position
             events.append(EventsDropped(self.job_id, position, monotonic_s(), missed))

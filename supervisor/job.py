@@ -73,8 +73,8 @@ class Job:
     def events_since(self, position: int, timeout: float | None = None) -> tuple[list[Event], int]:
         """Wait for news: the events from ``position`` on, and the position to ask for next. Begin with 0.
 
-        Gives no events after ``timeout`` seconds without news; for those who have more than one thing to
-        wait for.
+        Gives no events after ``timeout`` seconds without news, and at once after the terminal one; for those
+        who have more than one thing to wait for.
         """
         return self._feed.events_from(position, timeout)
 

@@ -385,6 +385,21 @@ def test_a_late_reader_sees_what_an_early_one_saw(rig: Rig) -> None:
     assert len(early[0]) == 6
 
 
+def test_asking_for_news_after_the_terminal_event_gives_none_at_once(rig: Rig) -> None:
+    rig.emit()
+    rig.finish()
+    events, position = rig.job.events_since(0)
+    assert events[-1].terminal
+    thread, box = in_thread(lambda: rig.job.events_since(position))
+    thread.join(5)
+    assert box == [([], position)]
+
+
+def test_a_position_before_the_first_event_is_the_beginning(rig: Rig) -> None:
+    rig.emit()
+    assert [event.kind for event in rig.job.events_since(-3)[0]] == ["queued"]
+
+
 def test_an_iterator_starts_over_each_time_it_is_iterated(rig: Rig) -> None:
     rig.progress(3)
     rig.finish()
