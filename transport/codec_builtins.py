@@ -223,6 +223,15 @@ _TABLE: dict[str, tuple[_Reduce, _Rebuild]] = {
 }
 
 
+# Where a part of the state is the instance's own items, or has a name there: its step of an error's path.
+_STEPS: dict[str, dict[str, str]] = {
+    "collections.defaultdict": {"[1]": ""},
+    "collections.Counter": {},
+    "collections.deque": {"[0]": ""},
+    "PIL.Image.Image": {"[4]": ".info"},
+}
+
+
 class Builtins:
     """A `CodecSource` for `_TABLE`; its names on the wire are ``lib:`` and the class's public name."""
 
@@ -257,7 +266,13 @@ class Builtins:
             except ImportError:
                 return None
             reduce, rebuild = _TABLE[name]
+            steps = _STEPS.get(name)
             found = self._types[name] = ValueType(
-                f"lib:{name}", cls, reduce, lambda state: rebuild(cls, state)
+                f"lib:{name}",
+                cls,
+                reduce,
+                lambda state: rebuild(cls, state),
+                by_fields=name == "types.SimpleNamespace",
+                step_to=None if steps is None else lambda step: steps.get(step, step),
             )
         return found

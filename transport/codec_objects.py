@@ -183,7 +183,8 @@ def _hash_is_generated_enum(cls: type) -> bool:
 
 
 def _tuple_type(name: str, cls: type) -> ValueType:
-    count = len(_field_names(cls) or ())
+    steps = {f"[{index}]": f".{field}" for index, field in enumerate(_field_names(cls) or ())}
+    count = len(steps)
     own_hash = any(
         "__hash__" in vars(base) or "__eq__" in vars(base) for base in cls.__mro__[: cls.__mro__.index(tuple)]
     )
@@ -199,7 +200,9 @@ def _tuple_type(name: str, cls: type) -> ValueType:
         blank = cast(Any, tuple).__new__
         return cast(object, blank(cls, state))
 
-    return ValueType(name, cls, reduce, rebuild, hashable=not own_hash)
+    return ValueType(
+        name, cls, reduce, rebuild, hashable=not own_hash, step_to=lambda step: steps.get(step, step)
+    )
 
 
 def _structseq_type(name: str, cls: type) -> ValueType:
@@ -208,7 +211,7 @@ def _structseq_type(name: str, cls: type) -> ValueType:
             raise ValueError("its items are not a tuple")
         return cast(Any, cls)(state)  # C code of the interpreter's, which checks the length
 
-    return ValueType(name, cls, tuple, rebuild)
+    return ValueType(name, cls, tuple, rebuild, step_to=lambda step: step)
 
 
 _MAKERS: dict[str, Callable[[str, type], ValueType]] = {

@@ -107,7 +107,7 @@ class Planner:
 
     def check_depth(self, depth: int) -> None:
         if depth >= self._max_depth:
-            raise Refusal(f"nested more than {self._max_depth} levels deep")
+            raise Refusal(f"nested more than {self._max_depth} levels deep; send a flatter value")
 
     def begin_leaf(self, value: object) -> bool:
         """The same for what has an identity and holds no items."""
@@ -188,6 +188,7 @@ def library_handler(kind: type) -> Handler | None:
 
 
 _PLAINER = {
+    "MaskedArray": "pass its .data and its .mask",
     "Tensor": "pass .as_subclass(torch.Tensor) or its parts",
     "ndarray": "pass numpy.asarray(...)",
 }
@@ -196,9 +197,14 @@ _PLAINER = {
 def _reason(kind: type) -> str:
     name = class_name(kind)
     advice = "register a codec for it in both processes (legion_shm.register_codec)"
+    if type in kind.__mro__:
+        return f"{name} has no codec: a class can't be sent; send its name, or an instance of it"
+    if kind is memoryview:
+        return f"{name} has no codec; send bytes(...) or numpy.asarray(...) of it"
     for base in kind.__mro__[1:]:
         if base in _BASES or base.__name__ in _PLAINER:
-            plainer = _PLAINER.get(base.__name__, f"pass {base.__name__}(...)")
+            own = _PLAINER.get(kind.__name__, _PLAINER.get(base.__name__))
+            plainer = own or f"pass {base.__name__}(...)"
             return (
                 f"{name} is a subclass of {class_name(base)} and would arrive as a plain one; "
                 f"{plainer}, or {advice}"

@@ -27,7 +27,8 @@ class ValueType:
     why this instance can't cross. ``hashable`` is False where hashing an instance runs code of its class:
     such a value is refused in a dict's key and in a set. A ``cls`` of ``object`` lets ``rebuild`` give
     anything. ``by_fields``: the state is a dict of the instance's attributes, and error paths name them so.
-    ``noted``: what was met while encoding is listed, for whoever must act on it.
+    ``noted``: what was met while encoding is listed, for whoever must act on it. ``step_to`` gives the step
+    of an error's path from the instance to what the state has at a step, such as ``['key']`` or ``[1]``.
     """
 
     name: str
@@ -37,9 +38,12 @@ class ValueType:
     hashable: bool = True
     by_fields: bool = False
     noted: bool = False
+    step_to: Callable[[str], str] | None = None
 
     def step(self, key_step: str) -> str:
         """The path of an item of the state, as the instance's user would write it."""
+        if self.step_to is not None:
+            return self.step_to(key_step)
         if not self.by_fields:
             return f".<{self.name}>{key_step}"
         return f".{key_step[2:-2]}" if key_step.startswith("['") else key_step

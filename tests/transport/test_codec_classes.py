@@ -212,6 +212,34 @@ def test_the_path_of_what_can_not_cross_is_written_as_its_user_would() -> None:
     assert "legion_shm.register_codec" in str(caught.value)
 
 
+def picture_with(info: object) -> Any:
+    picture = Image.new("L", (1, 1))
+    picture.info["a"] = info
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("holding", "step"),
+    [
+        (lambda bad: Point(1, bad), ".y"),
+        (lambda bad: Point((0, bad)), ".x[1]"),
+        (lambda bad: collections.deque([1, bad]), "[1]"),
+        (lambda bad: collections.deque([[bad]], maxlen=3), "[0][0]"),
+        (lambda bad: collections.defaultdict(list, a=[bad]), "['a'][0]"),
+        (lambda bad: collections.Counter(a=bad), "['a']"),
+        (lambda bad: types.SimpleNamespace(a=[bad]), ".a[0]"),
+        (picture_with, ".info['a']"),
+        (lambda bad: {"points": [Point(collections.deque([bad]))]}, "['points'][0].x[0]"),
+    ],
+)
+def test_the_path_through_a_class_of_a_library_is_pythons(
+    holding: Callable[[object], object], step: str
+) -> None:
+    with pytest.raises(UnsupportedValue, match="lock has no codec") as caught:
+        crossed([holding(threading.Lock())])
+    assert caught.value.path == f"value[0]{step}"
+
+
 def test_a_frozen_dataclass_is_a_key_and_one_with_a_hash_of_its_own_is_not() -> None:
     assert crossed({Fixed("a"): 1, Point(1, 2): 2}) == {Fixed("a"): 1, Point(1, 2): 2}
     with pytest.raises(UnsupportedValue, match="hash of its own"):
