@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -42,6 +42,19 @@ class _Settings(BaseModel):
         except ValidationError as error:
             raise _config_error(type(self), error) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_where_it_belongs(cls, value: object, info: ValidationInfo) -> object:
+        """A truth value is no number. A bare ``off``, which YAML reads as false, means what it says."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if not value and "off" in get_args(annotation):
+                return "off"
+            kinds = {annotation, *get_args(annotation)}
+            if {int, float} & kinds.union(*map(get_args, get_args(annotation))):
+                raise ValueError("Input should be a number")
+        return value
+
     @classmethod
     def from_yaml(cls: type[_Model], source: str | os.PathLike[str]) -> _Model:
         """Read from a YAML file. Raises ConfigError that names the file, and the line or the key."""
@@ -53,17 +66,36 @@ class _Settings(BaseModel):
             raise ConfigError(f"{path}: {error}", key=error.key) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's own reader keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
+            if isinstance(key, yaml.ScalarNode):
+                name = (key.tag, str(key.value))
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        "while constructing a mapping",
+                        node.start_mark,
+                        f"the key {key.value!r} is there twice",
+                        key.start_mark,
+                    )
+                seen.add(name)
+        return cast("dict[Any, Any]", super().construct_mapping(node, deep))
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
-    Raises ConfigError naming the file, with the line for a syntax error.
+    Raises ConfigError naming the file, with the line for a syntax error or a key that is there twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the settings file {path}: {error}") from error
     try:
-        values: object = yaml.safe_load(text)
+        values: object = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -13,7 +13,7 @@ LegionError
 │   └── StartupTimeout     a worker was not ready in time: names the setting
 ├── ArenaFull              no shared memory within the quota, after a bounded wait
 ├── MessageTooLarge        a control message over the limit: names the setting
-├── QueueFull              `max_queue` jobs wait already
+├── QueueFull              `max_queue` jobs have not ended yet
 ├── ProtocolError          a peer broke the wire protocol
 │   ├── InvalidHandle      a handle that points outside of what was granted
 │   └── StaleHandle        a handle to a block that has been freed or reused since
@@ -218,7 +218,7 @@ class MessageTooLarge(LegionError, ValueError):
 
 
 class QueueFull(LegionError):
-    """``max_queue`` jobs wait already; the job was not accepted."""
+    """``max_queue`` jobs wait or run already; the job was not accepted."""
 
 
 class ProtocolError(LegionError):

@@ -38,6 +38,7 @@ __all__ = [
     "name_inputs",
     "pack_workflow",
     "read_channels",
+    "unread_inputs",
 ]
 
 CHANNELS = 12
@@ -473,6 +474,14 @@ def linked_channels(workflow: Workflow) -> tuple[tuple[str, str], ...]:
                 where = f"node {node_id} ({node['class_type']}), input {name}"
                 found.append((f"input_{value[1] + 1}", where))
     return tuple(found)
+
+
+def unread_inputs(names: Sequence[str]) -> tuple[str, ...]:
+    """One sentence for all inputs that no node reads, or none."""
+    if not names:
+        return ()
+    what = "inputs {} are" if len(names) > 1 else "input {} is"
+    return (f"{what.format(', '.join(map(repr, names)))} read by no node of the workflow",)
 
 
 def missing_inputs(linked: Iterable[tuple[str, str]], inputs: Mapping[str, object]) -> tuple[str, ...]:

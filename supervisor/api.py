@@ -55,6 +55,7 @@ from legion_shm.workflow import (
     load_workflow,
     missing_inputs,
     name_inputs,
+    unread_inputs,
 )
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ class Supervisor:
     ) -> None:
         if settings is None:
             settings = SupervisorSettings(**overrides)
+        elif not isinstance(cast("object", settings), SupervisorSettings):
+            raise ConfigError(
+                f"settings: expected SupervisorSettings or keywords, got {type(settings).__name__}",
+                key="settings",
+            )
         elif overrides:
             settings = SupervisorSettings(**cast("SettingsKeywords", {**settings.model_dump(), **overrides}))
         self.settings = settings
@@ -164,8 +170,7 @@ class Supervisor:
         prepared = self._workflows.prepare(workflow)
         values = name_inputs(inputs)
         unread = check_inputs(prepared.channels, values)
-        warnings = tuple(f"input {name!r} is read by no node of the workflow" for name in unread)
-        warnings += missing_inputs(prepared.linked, values)
+        warnings = (*unread_inputs(unread), *missing_inputs(prepared.linked, values))
         for text in warnings:
             _log.warning("%s; inputs given: %s", text, ", ".join(values))
         pool = self._pool_of(checked.spec, submitted_s)
@@ -298,7 +303,7 @@ class Supervisor:
         self._check_open()
         if type(workers) is not int or workers < 1:
             raise ConfigError(f"workers: expected a whole number from 1 on, got {workers!r}", key="workers")
-        resolved = resolve_spec(spec or WorkerSpec())
+        resolved = resolve_spec(WorkerSpec() if spec is None else spec)
         for most, whose in ((resolved.max_workers, "worker spec"), (self.settings.max_workers, "supervisor")):
             if workers > most:
                 raise ConfigError(

@@ -266,7 +266,15 @@ class Loop:
         feed.emit(JobQueued, *(partial(_warning, text) for text in submission.warnings), now=now)
         deadline_s = None if options.deadline_s is None else submission.times.submitted_s + options.deadline_s
         self._handle(
-            JobSubmitted(submission.job, submission.pool, deadline_s, options.retries, submission.worker), now
+            JobSubmitted(
+                submission.job,
+                submission.pool,
+                deadline_s,
+                options.retries,
+                submission.worker,
+                options.deadline_s,
+            ),
+            now,
         )
 
     def _drop_remotes(self, worker: str, numbers: tuple[int, ...], now: float) -> None:

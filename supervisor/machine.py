@@ -135,7 +135,9 @@ class Machine:
         )
 
     def _job_submitted(self, event: JobSubmitted, now: float) -> None:
-        job = JobRecord(event.job, event.pool, now, event.deadline_s, event.retries, event.worker)
+        job = JobRecord(
+            event.job, event.pool, now, event.deadline_s, event.retries, event.worker, event.limit_s
+        )
         self.jobs[job.id] = job
         if job.deadline_s is not None:
             self._tables.timed[job.id] = job
@@ -348,8 +350,9 @@ class Machine:
         for job in list(self._tables.timed.values()):
             if job.deadline_s is not None and now >= job.deadline_s and job.end_error is None:
                 where = "while it waited" if job.state == "queued" else "while it ran"
+                limit_s = job.deadline_s - job.submitted_s if job.limit_s is None else job.limit_s
                 error = DeadlineExceeded(
-                    f"job {job.id}: its deadline_s = {job.deadline_s - job.submitted_s:.3g} passed {where}",
+                    f"job {job.id}: its deadline_s = {limit_s:.12g} passed {where}",
                     job_id=job.id,
                 )
                 self._end_job(job, error, now)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import cast
 
 from legion_shm.comfy_location import find_comfyui, not_found_message
 from legion_shm.config import WorkerSpec
@@ -23,8 +24,10 @@ def resolve_spec(spec: WorkerSpec) -> WorkerSpec:
 
     ``auto`` is graph where ``node_modules`` are given, which only that engine loads; else comfy where a
     ComfyUI is found, else graph. Raises ConfigError where ``comfy`` is asked for and none is found, for a
-    setting that the engine has no use for, and for a path that is not there.
+    setting that the engine has no use for, for a path that is not there, and for what is no WorkerSpec.
     """
+    if not isinstance(cast("object", spec), WorkerSpec):
+        raise ConfigError(f"spec: expected a WorkerSpec, got {type(spec).__name__}", key="spec")
     _check_paths(spec)
     modules = tuple(_module_path(module) for module in spec.node_modules)
     if modules != tuple(spec.node_modules):

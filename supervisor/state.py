@@ -62,7 +62,7 @@ class JobRecord:
     """A job that has not ended. ``end_error`` is what an ``ending`` job will end with.
 
     ``only_worker`` is where it must run, if not anywhere. ``not_begun`` counts the attempts whose workers
-    died before they looked at the job.
+    died before they looked at the job. ``limit_s`` is the deadline as its caller gave it.
     """
 
     id: str
@@ -71,6 +71,7 @@ class JobRecord:
     deadline_s: float | None
     retries: int
     only_worker: str | None = None
+    limit_s: float | None = None
     state: JobState = "queued"
     attempt: int = 0
     deaths: int = 0

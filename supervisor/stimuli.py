@@ -59,6 +59,8 @@ class JobSubmitted:
     retries: int
     worker: str | None = None
     """The one that it must run in, for an object of its own is among the inputs."""
+    limit_s: float | None = None
+    """The ``deadline_s`` that the caller gave, for the error's text."""
 
 
 @dataclass(frozen=True)

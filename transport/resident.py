@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,12 +17,15 @@ def resident_tensor(
 ) -> torch.Tensor:
     """An uninitialized, contiguous CPU tensor over ``buffer_of(nbytes)``, a writable buffer.
 
-    ``dtype`` defaults to torch's default dtype. A tensor without elements needs no buffer.
+    ``dtype`` defaults to torch's default dtype. A tensor without elements needs no buffer. TypeError for
+    what is no shape or no dtype.
     """
-    sizes = tuple(int(size) for size in shape)
+    sizes = tuple(operator.index(size) for size in shape)
     if any(size < 0 for size in sizes):
         raise ValueError(f"a shape has no negative sizes, got {sizes}")
     dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(cast("object", dtype), torch.dtype):
+        raise TypeError(f"dtype: expected one of torch's, such as torch.float32, got {dtype!r}")
     nbytes = math.prod(sizes) * dtype.itemsize
     if not nbytes:
         return torch.empty(sizes, dtype=dtype)

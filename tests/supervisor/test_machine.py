@@ -210,6 +210,13 @@ def test_a_job_that_passes_its_deadline_in_the_queue_is_resolved_there(legion: D
     assert legion.done("w1", "j") == [ResolveJob("j", "done", None)]
 
 
+def test_a_deadline_is_told_as_its_caller_gave_it(legion: Driver) -> None:
+    legion.running()
+    legion.do(JobSubmitted("k", "p", legion.now + 3599.9, 0, limit_s=3600.0))
+    error = ended(legion.later(3600), "k", "failed", DeadlineExceeded)
+    assert "its deadline_s = 3600 passed while it waited" in str(error)
+
+
 def test_a_job_that_passes_its_deadline_while_it_runs_is_interrupted_and_failed(legion: Driver) -> None:
     legion.running(deadline_s=110.0)
     assert legion.until_due() == [Interrupt("w1", "j")]

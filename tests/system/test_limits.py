@@ -231,3 +231,18 @@ def test_a_runtime_directory_that_cannot_be_used_is_refused(tmp_path: Path) -> N
             Supervisor(runtime_dir=path)
         assert caught.value.key == "runtime_dir"
         assert isinstance(caught.value, LegionError)
+
+
+def test_what_is_of_another_type_is_refused_by_name(legion: Supervisor) -> None:
+    wrong: Any = {"max_workers": 1}
+    with pytest.raises(ConfigError, match="settings: expected SupervisorSettings or keywords, got dict"):
+        Supervisor(wrong)
+    for call in (legion.warm_up, legion.free, legion.stop_workers):
+        with pytest.raises(ConfigError, match="spec: expected a WorkerSpec, got dict"):
+            call(wrong)
+    name: Any = "float32"
+    with pytest.raises(TypeError, match="dtype: expected one of torch's"):
+        legion.empty((2,), name)
+    half: Any = (2.5,)
+    with pytest.raises(TypeError):
+        legion.empty(half)

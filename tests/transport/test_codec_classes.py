@@ -222,14 +222,14 @@ def picture_with(info: object) -> Any:
     ("holding", "step"),
     [
         (lambda bad: Point(1, bad), ".y"),
-        (lambda bad: Point((0, bad)), ".x[1]"),
+        (lambda bad: Point(0, (0, bad)), ".y[1]"),
         (lambda bad: collections.deque([1, bad]), "[1]"),
         (lambda bad: collections.deque([[bad]], maxlen=3), "[0][0]"),
         (lambda bad: collections.defaultdict(list, a=[bad]), "['a'][0]"),
         (lambda bad: collections.Counter(a=bad), "['a']"),
         (lambda bad: types.SimpleNamespace(a=[bad]), ".a[0]"),
         (picture_with, ".info['a']"),
-        (lambda bad: {"points": [Point(collections.deque([bad]))]}, "['points'][0].x[0]"),
+        (lambda bad: {"points": [Point(0, collections.deque([bad]))]}, "['points'][0].y[0]"),
     ],
 )
 def test_the_path_through_a_class_of_a_library_is_pythons(

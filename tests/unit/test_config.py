@@ -36,6 +36,10 @@ def test_defaults_need_no_thought(model: type[Any]) -> None:
         (WorkerSpec, "max_workers", 0, "greater than or equal to 1"),
         (WorkerSpec, "max_workers", 257, "less than or equal to 256"),
         (WorkerSpec, "max_workers", "many", "a valid integer"),
+        (WorkerSpec, "max_workers", True, "a number"),
+        (WorkerSpec, "idle_timeout_s", False, "a number"),
+        (WorkerSpec, "max_jobs_per_life", True, "a number"),
+        (WorkerSpec, "startup_timeout_s", True, "a number"),
         (WorkerSpec, "startup_timeout_s", 0, "greater than 0"),
         (WorkerSpec, "startup_timeout_s", float("inf"), "finite"),
         (WorkerSpec, "idle_timeout_s", -1, "greater than 0"),
@@ -264,6 +268,33 @@ def test_a_spec_can_be_read_from_a_file(tmp_path: Path) -> None:
     assert WorkerSpec.from_yaml(path) == WorkerSpec(
         engine="graph", node_modules=["a", "b"], env={"OMP_NUM_THREADS": "1"}
     )
+
+
+def test_a_bare_off_which_yaml_reads_as_false_is_off(tmp_path: Path) -> None:
+    path = written(tmp_path, "born_in_arena: off\nzygote: off\n")
+    assert WorkerSpec.from_yaml(path) == WorkerSpec(born_in_arena="off", zygote="off")
+    path = written(tmp_path, "zygote: on\n")
+    assert "'auto' or 'off'" in str(refused(lambda: SupervisorSettings.from_yaml(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("max_workers: 1\nmax_queue: 2\nmax_workers: 3\n", "max_workers", 3),
+        ("engine: graph\nenv:\n  A: 1\n  B: 2\n  A: 3\n", "A", 5),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_with_its_line(
+    tmp_path: Path, text: str, key: str, line: int
+) -> None:
+    error = refused(lambda: load_yaml(written(tmp_path, text)))
+    assert f", line {line}, column" in str(error)
+    assert f"the key {key!r} is there twice" in str(error)
+
+
+def test_merged_mappings_may_have_keys_of_their_own(tmp_path: Path) -> None:
+    text = "env: &base {A: 1, B: 2}\nother:\n  <<: *base\n  A: 3\n"
+    assert load_yaml(written(tmp_path, text))["other"] == {"A": 3, "B": 2}
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing but this\n", "---\n"])

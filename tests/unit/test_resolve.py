@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,13 @@ def comfyui(tmp_path: Path) -> Path:
 def no_comfyui_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
+
+
+@pytest.mark.parametrize("wrong", ["graph", {}, {"engine": "graph"}, 0])
+def test_what_is_no_spec_is_refused_by_name(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="spec: expected a WorkerSpec, got") as caught:
+        resolve_spec(wrong)
+    assert caught.value.key == "spec"
 
 
 def test_auto_is_graph_where_no_comfyui_is_found_and_comfy_where_one_is(comfyui: Path) -> None:

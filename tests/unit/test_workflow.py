@@ -21,6 +21,7 @@ from legion_shm.workflow import (
     name_inputs,
     pack_workflow,
     read_channels,
+    unread_inputs,
 )
 
 FLOW: dict[str, Any] = {
@@ -432,6 +433,12 @@ def test_inputs_that_nobody_reads_are_named_and_required_ones_asked_for() -> Non
     with pytest.raises(InvalidWorkflow, match="the input 'image' was not given; given: typo, x") as caught:
         check_inputs(found, {"x": 1, "typo": 1})
     assert (caught.value.node_id, caught.value.input_name) == ("a", "name")
+
+
+def test_inputs_that_nobody_reads_are_told_of_in_one_sentence() -> None:
+    assert unread_inputs(()) == ()
+    assert unread_inputs(("a",)) == ("input 'a' is read by no node of the workflow",)
+    assert unread_inputs(("a", "b")) == ("inputs 'a', 'b' are read by no node of the workflow",)
 
 
 def test_with_a_name_over_a_link_every_input_may_be_read() -> None:
