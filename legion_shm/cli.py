@@ -10,6 +10,7 @@ Those of `legion launch` are the launched program's own; 126 and 127 where that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 __all__ = ["main"]
+
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 @contextlib.contextmanager
@@ -74,8 +77,19 @@ def main(args: Sequence[str] | None = None) -> int:
     except Signalled as error:
         return 128 + error.number
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
+        _give_up_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE or error.filename is not None:
+            raise
+        click.echo(f"Error: cannot write to standard output: {error.strerror}", err=True)
+        _give_up_stdout()
+        return 1
+
+
+def _give_up_stdout() -> None:
+    """Else the flush at exit fails again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(

@@ -54,9 +54,12 @@ class JobReporter:
             console=self._console,
             transient=True,
         )
-        with self._progress:
-            self._task = self._progress.add_task("starting a worker", total=self._nodes)
-            yield self
+        try:
+            with self._progress:
+                self._task = self._progress.add_task("starting a worker", total=self._nodes)
+                yield self
+        finally:
+            self._progress.stop()  # a signal while it was being started would leave the cursor hidden
 
     def take(self, event: Event) -> None:
         """Show one event; kinds that it does not know are skipped."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from rich.console import Console
 from legion_shm import __version__
 from legion_shm.cli import main
 from legion_shm.cli_progress import JobReporter, explain
+from legion_shm.cli_run import Signalled
 from legion_shm.errors import InvalidWorkflow, JobFailed, StartupError
 from legion_shm.events import EventsDropped, JobStarted, LogEvent, NodeEvent, ProgressEvent
 from legion_shm.supervisor.spawn import WorkerProcess
@@ -29,6 +31,11 @@ REPO = Path(__file__).resolve().parents[2]
 WORKFLOWS = REPO / "examples" / "workflows"
 PHOTOGRAPH = REPO / "legion_shm" / "demo_data" / "coffee.jpg"
 TEST_NODES = ("--engine", "graph", "--node-module", "legion_shm.testing.nodes")
+
+PASS = {
+    "in": {"class_type": "LegionImporter", "inputs": {}},
+    "out": {"class_type": "LegionExporter", "inputs": {"input_1": ["in", 0]}},
+}
 
 Run = Callable[..., "Outcome"]
 
@@ -289,6 +296,36 @@ def test_a_result_that_does_not_fit_its_file_fails_alone(legion: Run, tmp_path: 
     assert outcome.document["outputs"]["number"]["file"] == "b.txt"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("extra", [("--output", "1=-"), ("--json",)])
+def test_a_full_standard_output_is_told_without_a_traceback(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    (tmp_path / "pass.json").write_text(json.dumps(PASS), encoding="utf-8")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "legion_shm.cli",
+                "run",
+                "pass.json",
+                "--engine",
+                "graph",
+                "-i",
+                "1=1",
+                *extra,
+            ],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1, done
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: cannot write to standard output: ")
+    assert "Traceback" not in done.stderr
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 
@@ -371,6 +408,22 @@ def test_a_terminal_gets_a_bar_and_lines_as_they_are() -> None:
     assert "WARNING: careful" in text
     assert "ImageBlur" in text
     console.file.close()
+
+
+def test_the_cursor_comes_back_where_a_signal_came_while_the_bar_was_being_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.StringIO()
+    shown = JobReporter(nodes=2, console=Console(force_terminal=True, width=100, file=written))
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise Signalled(signal.SIGINT)
+
+    monkeypatch.setattr("rich.live.Live.refresh", interrupted)
+    with pytest.raises(Signalled), shown.shown():
+        raise AssertionError("not reached")
+    assert written.getvalue().rfind("\x1b[?25h") > written.getvalue().rfind("\x1b[?25l") >= 0
 
 
 def test_without_a_terminal_there_are_lines_and_no_bar() -> None:
