@@ -3,9 +3,10 @@
 Owns the process's one current job. It never starts, ends or schedules a job, and knows no engine: an
 engine makes a `JobContext` per job, enters `running` and lets the nodes run.
 
-    engine ── running(job) ──▶ current_job() ◀── LegionImporter, LegionInput   read .inputs
-                                             ◀── LegionExporter, LegionOutput  call .deliver
-                                             ◀── any node                      progress(), check_cancelled()
+    engine ── running(job) ──▶ current_job() ◀── LegionImporter, LegionInput   read .originals
+                                             ◀── LegionExporter, LegionOutput  call .deliver_as_is
+                                             ◀── any node                      progress(), check_cancelled(),
+                                                                               .inputs, .deliver
 
 A process runs one job at a time, and the nodes of a job may use threads of their own, so the current
 job is the process's and not the thread's.
@@ -43,6 +44,8 @@ class JobContext:
         self.job_id = job_id
         self.inputs: Mapping[str, object] = inputs
         self.identities: Mapping[str, bytes | None] = {} if identities is None else identities
+        self.originals: Mapping[str, object] = inputs
+        """The inputs for nodes of ours, which write into none: an engine may give copies by ``inputs``."""
         self._outputs: dict[str, object] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -55,6 +58,10 @@ class JobContext:
 
     def deliver(self, name: str, value: object) -> None:
         """Make ``value`` the job's output ``name``; a name given twice, or no text, is InvalidWorkflow."""
+        self.deliver_as_is(name, value)
+
+    def deliver_as_is(self, name: str, value: object) -> None:
+        """As `deliver`, for nodes of ours: an engine may copy what other nodes deliver."""
         if not isinstance(cast("object", name), str) or not name:
             raise InvalidWorkflow(
                 f"an output's name is non-empty text, not {name!r:.60}; give the node that has it one",

@@ -1,7 +1,8 @@
 """The nodes that answer in Legion's worker: the same `Responder` that every other way has.
 
-Owns the node classes; `ours` submits them. None is ever cached, so that every job is a real one. A worker has
-one responder, since one thread measures at a time.
+Owns the node classes; `ours` submits them. None is ever cached, so that every job is a real one, and none
+writes into anything that it was given or has returned. A worker has one responder, since one thread measures
+at a time.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class _BenchNode:
 class BenchPrepare(_BenchNode):
     """Takes the order, as a dict; with ``private`` in it, too."""
 
+    WRITES_SHARED = False
+
     def run(self, value: dict[str, Any] | None = None) -> tuple[object]:
         plain = dict(value or {})
         private = bool(plain.pop("private", True))
@@ -64,12 +67,16 @@ class BenchPrepare(_BenchNode):
 class BenchExchange(_BenchNode):
     """Uses its input and gives the prepared answer."""
 
+    WRITES_SHARED = False
+
     def run(self, value: Any = None) -> tuple[object]:
         return (_responder.take(value),)
 
 
 class BenchPassOn(_BenchNode):
     """Uses its input and gives it on."""
+
+    WRITES_SHARED = False
 
     def run(self, value: Any = None) -> tuple[object]:
         _responder.take(value)
@@ -78,6 +85,8 @@ class BenchPassOn(_BenchNode):
 
 class BenchSpoil(_BenchNode):
     """As BenchPassOn, but gives a copy in which one value is changed."""
+
+    WRITES_SHARED = False
 
     def run(self, value: Any = None) -> tuple[object]:
         _responder.take(value)
@@ -89,12 +98,16 @@ class BenchSpoil(_BenchNode):
 class BenchProduce(_BenchNode):
     """Gives the prepared answer; has no input."""
 
+    WRITES_SHARED = False
+
     def run(self, value: Any = None) -> tuple[object]:
         return (_responder.give(),)
 
 
 class BenchFinish(_BenchNode):
     """Checks what came, lets go of it, and says what it saw."""
+
+    WRITES_SHARED = False
 
     def run(self, value: object = None) -> tuple[object]:
         return (asdict(_responder.finish()),)
@@ -103,12 +116,16 @@ class BenchFinish(_BenchNode):
 class BenchTouch(_BenchNode):
     """Uses one word of each page of its input and gives their sum; needs no order beforehand."""
 
+    WRITES_SHARED = False
+
     def run(self, value: Any = None) -> tuple[object]:
         return (payload.use(value, "touch"),)
 
 
 class BenchEmpty(_BenchNode):
     """Nothing: what a job costs that moves nothing."""
+
+    WRITES_SHARED = False
 
     def run(self, value: object = None) -> tuple[object]:
         return (value,)

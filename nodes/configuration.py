@@ -29,6 +29,7 @@ class LegionConfig:
     RETURN_TYPES = (LEGION_CONFIG,)
     RETURN_NAMES = ("legion_config",)
     FUNCTION = "create_config"
+    WRITES_SHARED = False
     CATEGORY = "Legion"
     DESCRIPTION = (
         "Describes a worker, and how a Legion: Master runs its workflow there. Equal ones share a worker."

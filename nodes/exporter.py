@@ -25,6 +25,7 @@ class LegionExporter:
 
     RETURN_TYPES = ()
     FUNCTION = "export_data"
+    WRITES_SHARED = False
     CATEGORY = "Legion/IO"
     DESCRIPTION = "Hands what is linked to its inputs 1 to 12 back to whoever submitted the job."
     OUTPUT_NODE = True
@@ -44,7 +45,7 @@ class LegionExporter:
         job = current_job()
         for given, delivered in _NAMES:
             if given in inputs:
-                job.deliver(delivered, single(inputs[given]))
+                job.deliver_as_is(delivered, single(inputs[given]))
         return ()
 
 

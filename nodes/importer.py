@@ -28,6 +28,7 @@ class LegionImporter:
     RETURN_TYPES = (*(ANY,) * CHANNELS, "STRING")
     RETURN_NAMES = (*(f"output_{n}" for n in range(1, CHANNELS + 1)), "data_exchange_root")
     FUNCTION = "import_data"
+    WRITES_SHARED = False
     CATEGORY = "Legion/IO"
     DESCRIPTION = "Gives the values that the job was submitted with: its inputs 1 to 12."
     KEEP_OUTPUTS = False
@@ -52,7 +53,7 @@ class LegionImporter:
         return [*_channel_identities(), None]
 
     def import_data(self, data_exchange_root: object = None) -> tuple[object, ...]:
-        inputs = current_job().inputs
+        inputs = current_job().originals
         root = data_exchange_root if isinstance(data_exchange_root, str) else ""
         return (*map(inputs.get, _INPUTS), root)
 
@@ -63,7 +64,7 @@ def _channel_identities() -> list[bytes | float]:
         job = current_job()
     except LegionError:
         return [float("nan")] * CHANNELS
-    inputs, identities = job.inputs, job.identities
+    inputs, identities = job.originals, job.identities
     entries: list[bytes | float] = []
     for name in _INPUTS:
         if name not in inputs:

@@ -22,6 +22,7 @@ class LegionInput:
     RETURN_TYPES = (ANY,)
     RETURN_NAMES = ("value",)
     FUNCTION = "read"
+    WRITES_SHARED = False
     CATEGORY = "Legion/IO"
     DESCRIPTION = "Gives one value that the job was submitted with, by its name."
     KEEP_OUTPUTS = False
@@ -42,7 +43,7 @@ class LegionInput:
             return float("nan")
         if name is None:
             return float("nan")
-        if name not in job.inputs:
+        if name not in job.originals:
             return "absent"
         identity = job.identities.get(name)
         return float("nan") if identity is None else f"given:{identity.hex()}"
@@ -54,11 +55,11 @@ class LegionInput:
                 f"an input's name is non-empty text, and what is linked to it gave {name!r:.60}",
                 input_name="name",
             )
-        if name in job.inputs:
-            return (job.inputs[name],)
+        if name in job.originals:
+            return (job.originals[name],)
         if default is not _NOTHING:
             return (default,)
-        given = ", ".join(sorted(job.inputs)) or "none"
+        given = ", ".join(sorted(job.originals)) or "none"
         raise InvalidWorkflow(
             f"the workflow reads an input named {name!r}, which job {job.job_id} was not given and which has "
             f"no default (given: {given})",

@@ -23,6 +23,7 @@ class LegionJoin:
     RETURN_TYPES = (ANY,) * CHANNELS
     RETURN_NAMES = tuple(f"output_{n}" for n in range(1, CHANNELS + 1))
     FUNCTION = "join_campaign"
+    WRITES_SHARED = False
     CATEGORY = "Legion"
     DESCRIPTION = "Waits for a workflow that a Legion: Master runs in the background, and gives its outputs."
 

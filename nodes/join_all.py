@@ -23,6 +23,7 @@ class LegionJoinAll:
     RETURN_TYPES = (LEGION_CAMPAIGN,) * _COUNT
     RETURN_NAMES = tuple(f"campaign_{n}" for n in range(1, _COUNT + 1))
     FUNCTION = "join_all_campaigns"
+    WRITES_SHARED = False
     CATEGORY = "Legion"
     DESCRIPTION = "Waits for several workflows that Masters run in the background."
 

@@ -13,5 +13,6 @@ __all__ = ["LegionMaster"]
 class LegionMaster(MasterNode):
     """A Master with 12 inputs and 12 outputs."""
 
+    WRITES_SHARED = False
     CHANNELS = 12
     RETURN_TYPES, RETURN_NAMES = master_outputs(12)

@@ -13,5 +13,6 @@ __all__ = ["LegionMaster3"]
 class LegionMaster3(MasterNode):
     """A Master with 3 inputs and 3 outputs."""
 
+    WRITES_SHARED = False
     CHANNELS = 3
     RETURN_TYPES, RETURN_NAMES = master_outputs(3)

@@ -13,5 +13,6 @@ __all__ = ["LegionMaster6"]
 class LegionMaster6(MasterNode):
     """A Master with 6 inputs and 6 outputs."""
 
+    WRITES_SHARED = False
     CHANNELS = 6
     RETURN_TYPES, RETURN_NAMES = master_outputs(6)

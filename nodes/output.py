@@ -20,6 +20,7 @@ class LegionOutput:
 
     RETURN_TYPES = ()
     FUNCTION = "write"
+    WRITES_SHARED = False
     CATEGORY = "Legion/IO"
     DESCRIPTION = "Hands one value, by a name, back to whoever submitted the job."
     OUTPUT_NODE = True
@@ -40,5 +41,5 @@ class LegionOutput:
                 f"LegionOutput takes one name, and was given {len(name)}: {', '.join(map(repr, name[:5]))}",
                 input_name="name",
             )
-        current_job().deliver(name[0], single(value))
+        current_job().deliver_as_is(name[0], single(value))
         return ()

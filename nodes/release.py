@@ -25,6 +25,7 @@ class LegionRelease:
     RETURN_TYPES = (ANY, "STRING", "FLOAT")
     RETURN_NAMES = ("after", "report", "released_mib")
     FUNCTION = "release"
+    WRITES_SHARED = False
     CATEGORY = "Legion"
     DESCRIPTION = "Ends workers, or has them drop models and caches, and says how much memory came back."
     OUTPUT_NODE = True

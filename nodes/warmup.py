@@ -21,6 +21,7 @@ class LegionWarmup:
     RETURN_TYPES = (LEGION_CAMPAIGN,)
     RETURN_NAMES = ("legion_campaign",)
     FUNCTION = "warmup"
+    WRITES_SHARED = False
     CATEGORY = "Legion"
     DESCRIPTION = "Starts a worker before the Legion: Master that needs it runs."
 

@@ -22,9 +22,9 @@ import os
 import platform
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import Any, cast
 
 from legion_shm import job_context
 from legion_shm.errors import InvalidWorkflow, JobCancelled, LegionError
@@ -36,7 +36,7 @@ from legion_shm.supervisor.graph_modules import load_node_classes
 from legion_shm.supervisor.graph_protocol import NodeClass, PlannedNode
 from legion_shm.supervisor.graph_report import node_failure
 from legion_shm.supervisor.graph_validation import Plan, hidden_value, validate_prompt
-from legion_shm.supervisor.graph_writes import Trial, Watch, private_copy
+from legion_shm.supervisor.graph_writes import Loan, PrivateViews, detached, private_copy
 
 __all__ = ["BUILTIN_MODULES", "GraphEngine"]
 
@@ -55,7 +55,8 @@ class GraphEngine:
     ``node_modules`` are importable names, paths of .py files or paths of package directories, each with
     NODE_CLASS_MAPPINGS. ``input_directory`` is where LoadImage reads, ``output_directory`` where SaveImage
     writes; by default the environment's LEGION_INPUT_DIR and LEGION_OUTPUT_DIR, else ``input`` and
-    ``output`` in the current directory.
+    ``output`` in the current directory. ``views``: where nodes' copy-on-write views of shared memory come
+    from; without it they get copies.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class GraphEngine:
         *,
         input_directory: str | os.PathLike[str] | None = None,
         output_directory: str | os.PathLike[str] | None = None,
+        views: PrivateViews | None = None,
     ) -> None:
         self._node_modules = tuple(node_modules)
         self._input_directory = input_directory
         self._output_directory = output_directory
+        self._views = views
         self._classes: dict[str, NodeClass] = {}
         self._cache = GraphCache()
         self._runner = AsyncRunner()
@@ -105,9 +108,9 @@ class GraphEngine:
             self._begin(job)
             try:
                 with _no_grad():
-                    return _Run(self._cache, self._call(job), job, events, self._next_fresh).outcome(
-                        self._plan(request, job)
-                    )
+                    return _Run(
+                        self._cache, self._call(job), job, events, self._next_fresh, self._views
+                    ).outcome(self._plan(request, job))
             finally:
                 self._end()
 
@@ -174,9 +177,6 @@ class GraphEngine:
         return b"fresh:%d" % next(self._fresh)
 
 
-_OWN_NODES = ("legion_shm.nodes.", "legion_shm.supervisor.graph_nodes.")
-"""Modules of node classes that write into no input, and need no trial."""
-
 _Call = Callable[[Callable[..., object], Mapping[str, Sequence[object]], bool], list[object]]
 
 
@@ -202,12 +202,42 @@ class _GraphJob(job_context.JobContext):
         self._events = events
         self.extra_data = request.extra_data
         self.node_id: str | None = None
+        self.inputs = _Copies(request.inputs)
+
+    @property
+    def outputs(self) -> dict[str, object]:
+        copies: dict[str, object] = private_copy(self.delivered)
+        return copies
+
+    @property
+    def delivered(self) -> dict[str, object]:
+        """The outputs themselves, which no node may get."""
+        return super().outputs
+
+    def deliver(self, name: str, value: object) -> None:
+        super().deliver(name, private_copy(value))
 
     def report_progress(self, value: float, total: float, node_id: str | None) -> None:
         self._events.progress(node_id if node_id is not None else self.node_id, value, total)
 
     def report_preview(self, image: object, node_id: str | None) -> None:
         self._events.preview(node_id if node_id is not None else self.node_id, image)
+
+
+class _Copies(Mapping[str, object]):
+    """The job's inputs for whoever asks the job for them: a new copy each time."""
+
+    def __init__(self, originals: Mapping[str, object]) -> None:
+        self._originals = originals
+
+    def __getitem__(self, name: str) -> object:
+        return private_copy(self._originals[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._originals)
+
+    def __len__(self) -> int:
+        return len(self._originals)
 
 
 class _Run:
@@ -220,12 +250,14 @@ class _Run:
         job: _GraphJob,
         events: EngineEvents,
         fresh: Callable[[], bytes],
+        views: PrivateViews | None,
     ) -> None:
         self._cache = cache
         self._call = call
         self._job = job
         self._events = events
         self._fresh = fresh
+        self._views = views
         self._results: dict[str, NodeResult] = {}
         self._readers: dict[str, int] = {}
         self._ui: dict[str, Mapping[str, object]] = {}
@@ -243,16 +275,19 @@ class _Run:
             self._job.check_cancelled()
             twin = self._cache.find(signatures[node_id])
             if twin is not None:
+                self._let_go(node)
                 self._events.node(node_id, node.class_type, "cached")
             else:
                 twin = self._run_node(node, plan)
                 self._cache.store(node, signatures[node_id], twin)
                 executed += 1
             self._take(node_id, twin)
-            self._release(node)
+            twin = None  # so that what its only reader gets is in nobody else's hands
+            if not self._readers.get(node_id):
+                self._results.pop(node_id, None)
         self._job.check_cancelled()
         return JobOutcome(
-            outputs=self._job.outputs,
+            outputs=self._job.delivered,
             ui=self._ui,
             executed=executed,
             cached=len(plan.nodes) - executed,
@@ -284,46 +319,41 @@ class _Run:
         if result.ui:
             self._ui[node_id] = dict(result.ui)
 
-    def _release(self, node: PlannedNode) -> None:
-        """Let go of results that no later node reads, so that their memory can be used again."""
+    def _let_go(self, node: PlannedNode) -> None:
+        """This node has what it reads: drop what no later one does, so that its memory can be used again."""
         for link in node.links.values():
             self._readers[link.node_id] -= 1
             if not self._readers[link.node_id]:
                 self._results.pop(link.node_id, None)
-        if not self._readers.get(node.node_id):
-            self._results.pop(node.node_id, None)
 
     def _run_node(self, node: PlannedNode, plan: Plan) -> NodeResult:
         self._job.node_id = node.node_id
         self._events.node(node.node_id, node.class_type, "started")
         inputs: dict[str, Sequence[object]] = {}
-        watch: Watch | None = None
-        trial: Trial | None = None
+        loan: Loan | None = None
         failure: LegionError
         try:
-            inputs = self._inputs_of(node, plan)
-            ours = node.node_class.__module__.startswith(_OWN_NODES)
-            if not ours and not self._is_known(node):
-                trial = Trial(inputs)
-                inputs = trial.values
+            inputs = self._linked(node, plan)
+            if node.writes_shared:
+                loan = Loan(cast("dict[str, Any]", inputs), self._views)
+                inputs = loan.values
+            inputs |= self._given(node, plan)
             check_images(node.node_class, inputs)
-            watch = None if ours or trial is not None else Watch(inputs)
             node_object = self._cache.node_object(node)
             function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
             result = read_results(self._call(function, inputs, node.input_is_list), node.node_class)
+            if loan is not None:
+                inputs = {}
+                _settle(result, loan)
         except BaseException as error:  # whatever a node raises, the worker goes on
             failure = self._failure(error, node, inputs)
         else:
-            if trial is not None:
-                self._judge(node, trial, result)
-            elif watch is not None and watch.changed():
-                self._note_writer(node)
             self._events.node(node.node_id, node.class_type, "finished")
             return result
         finally:
             self._job.node_id = None
         # Raised out here and after letting go, so that the error carries no frame that holds tensors.
-        inputs, watch, trial = {}, None, None
+        inputs, loan = {}, None
         self._results.clear()
         try:
             raise failure
@@ -353,8 +383,9 @@ class _Run:
         _log.debug("%s\n%s", failure, failure.traceback)
         return failure
 
-    def _inputs_of(self, node: PlannedNode, plan: Plan) -> dict[str, Sequence[object]]:
-        inputs = _constants(node)
+    def _linked(self, node: PlannedNode, plan: Plan) -> dict[str, Sequence[object]]:
+        """What comes by links, and is let go of here where no later node reads it."""
+        inputs: dict[str, Sequence[object]] = {}
         for name, link in node.links.items():
             outputs = self._results[link.node_id].outputs
             if outputs is None:
@@ -364,33 +395,15 @@ class _Run:
                     "outputs: its function returned a dict without 'result'"
                 )
             inputs[name] = outputs[link.slot]
-            if node.class_type in self._cache.writers:
-                inputs[name] = private_copy(inputs[name])
+        self._let_go(node)
+        return inputs
+
+    def _given(self, node: PlannedNode, plan: Plan) -> dict[str, Sequence[object]]:
+        """What comes from the prompt and from the job."""
+        inputs = _constants(node)
         for name, kind in node.hidden.items():
             inputs[name] = (hidden_value(kind, node.node_id, plan.prompt, self._job.extra_data),)
         return inputs
-
-    def _is_known(self, node: PlannedNode) -> bool:
-        return node.class_type in self._cache.gentle or node.class_type in self._cache.writers
-
-    def _judge(self, node: PlannedNode, trial: Trial, result: NodeResult) -> None:
-        """After the first run of a class: does it leave its inputs alone?"""
-        if trial.wrote():
-            self._cache.writers.add(node.class_type)
-            return
-        self._cache.gentle.add(node.class_type)
-        if result.outputs is not None:
-            result.outputs = cast("list[list[object]]", trial.give_back(result.outputs))
-
-    def _note_writer(self, node: PlannedNode) -> None:
-        if node.class_type not in self._cache.writers:
-            self._cache.writers.add(node.class_type)
-            _log.warning(
-                "node %s (%s) wrote into an input that it shares with other nodes, which may see it in this "
-                "job; from now on nodes of this class get copies. Let it clone() what it changes",
-                node.node_id,
-                node.class_type,
-            )
 
     def _fingerprint(self, node: PlannedNode, function: str) -> object:
         inputs = _constants(node)
@@ -400,6 +413,15 @@ class _Run:
             inputs[name] = (hidden_value(kind, node.node_id, {}),)
         target = cast("Callable[..., object]", getattr(node.node_class, function))
         return self._call(target, inputs, node.input_is_list)
+
+
+def _settle(result: NodeResult, loan: Loan) -> None:
+    """Make what a node returned, and now holds itself at most, what is kept of it."""
+    returned: list[Any] = [result.outputs]
+    result.outputs = None
+    (result.outputs,) = loan.settle(returned)
+    if result.ui:
+        result.ui = detached(result.ui)
 
 
 def _constants(node: PlannedNode) -> dict[str, Sequence[object]]:

@@ -184,16 +184,10 @@ def _ask(node: PlannedNode, function: str, fingerprint: Callable[[PlannedNode, s
 
 
 class GraphCache:
-    """Outputs by signature, node objects by node id and class, plans by prompt digest.
-
-    ``writers``: the classes whose nodes were seen to write into their inputs; ``gentle``: those that ran once
-    and did not.
-    """
+    """Outputs by signature, node objects by node id and class, plans by prompt digest."""
 
     def __init__(self) -> None:
         self._results: dict[bytes, tuple[NodeResult, Watch]] = {}
-        self.writers: set[str] = set()
-        self.gentle: set[str] = set()
         self._objects: dict[tuple[str, str], Any] = {}
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
 
@@ -229,7 +223,7 @@ class GraphCache:
             return None
         result, watch = kept
         if watch.changed():
-            del self._results[signature.node]  # some node wrote into it: it is not what its node made
+            del self._results[signature.node]  # by a node that promised not to: it is not what its node made
             return None
         return result
 

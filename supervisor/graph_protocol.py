@@ -88,6 +88,11 @@ class PlannedNode:
         return getattr(self.node_class, "OUTPUT_NODE", False) is True
 
     @cached_property
+    def writes_shared(self) -> bool:
+        """Whether its class may write into what others see. The promise is its own, not a base class's."""
+        return vars(self.node_class).get("WRITES_SHARED", True) is not False
+
+    @cached_property
     def input_is_list(self) -> bool:
         return bool(getattr(self.node_class, "INPUT_IS_LIST", False))
 
@@ -104,6 +109,9 @@ def class_problem(node_class: object) -> str:
     function = cast(object, getattr(node_class, "FUNCTION"))  # noqa: B009
     if not isinstance(function, str) or not callable(getattr(node_class, function, None)):
         return f"its FUNCTION names {function!r}, which it does not have"
+    promise = cast("object", vars(node_class).get("WRITES_SHARED", True))
+    if not isinstance(promise, bool):
+        return f"its WRITES_SHARED is {promise!r:.40}, neither True nor False"
     return ""
 
 

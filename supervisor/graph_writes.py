@@ -1,39 +1,334 @@
-"""Nodes that write into tensors they share with others: seeing it, and keeping them to themselves.
+"""Values between nodes: whatever a node writes into, in whatever way, nobody else sees it.
 
-Owns the copies and the comparisons. The version counters are torch's, which every in-place operation of torch
-moves; writes through numpy or raw memory do not. It changes no tensor.
+Owns what a node is lent and what is taken from it. It runs no node and keeps nothing between nodes.
 
-Within one worker nodes hand each other the very same tensors. So that none sees what another writes into its
-input, a class is on *trial* when it runs for the first time in a worker: it works on copies, which are
-compared with the originals afterwards. Classes that leave their inputs alone get the originals from then on,
-the others always copies. One that writes only later is found out by the version counters: kept outputs that
-were written into are not used again.
+Writes can't be seen in time: numpy and C move no version counter, and a class may begin to write at any run.
+So, each time, nothing that somebody else can see is writable for a node:
+
+    kept values ── Loan ──▶ the node's own ──▶ node ──▶ what it returned ── Loan.settle ──▶ kept values
+
+A tensor is lent as it is where nobody else holds it (`graph_holders`), as a copy-on-write view of the same
+pages where it lies in shared memory, and as a copy otherwise. What comes back is the original where it was
+passed on unwritten, is taken as it is where the node has let go of it, and is copied where it is still held.
+Containers are always made anew (`graph_slots`). What lies inside of an object of another class is shared as
+that object is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Protocol, cast
 
-__all__ = ["Trial", "Watch", "private_copy"]
+from legion_shm.supervisor.graph_holders import alone, array_alone, storage_key
+from legion_shm.supervisor.graph_slots import Slot, Slots
+from legion_shm.transport.dirty import may_be_written
 
-_DEPTH = 8  # values of ComfyUI nest three or four deep: CONDITIONING is a list of pairs of tensor and dict
+__all__ = ["VIEW_MIN_BYTES", "Loan", "PrivateViews", "Watch", "detached", "private_copy"]
+
+VIEW_MIN_BYTES = 128 * 1024
+"""Below this a copy takes less time than to ask who else holds a tensor, and to map it."""
+
+_ALIGN = 64
+"""What torch aligns its memory to; dividable by the size of every item."""
+
+
+class PrivateViews(Protocol):
+    """Where copy-on-write views of this process's shared memory come from."""
+
+    def __call__(self, address: int, nbytes: int, keep: object) -> Any:
+        """A ctypes array over pages of its own that hold these bytes; None where they can't be had.
+
+        It keeps ``keep`` alive, whose memory must not be written while the array lives.
+        """
+        ...
+
+
+class Loan:
+    """What one run of a node is lent.
+
+    ``held`` has the values by input name, and is emptied: with ``move`` a tensor that is in nobody else's
+    hands goes to the node as it is.
+    """
+
+    def __init__(self, held: dict[str, Any], views: PrivateViews | None = None, *, move: bool = True) -> None:
+        self._lent: dict[int, _Lent] = {}
+        self._pairs: dict[int, tuple[Any, Any]] = {}
+        slots = Slots()
+        values = slots.taken(held)
+        held.clear()
+        large = [slot for slot in slots.tensors if _nbytes(slot.value) >= VIEW_MIN_BYTES] if move else []
+        moved = alone(large) if large else set[Slot]()
+        self._moved = {storage_key(slot.value) for slot in moved}
+        here, elsewhere = _by_place(slot for slot in slots.tensors if slot not in moved)
+        for lent in _copied(here, views):
+            self._lent[lent.key] = lent
+        for slot in (*elsewhere, *slots.others):
+            original, slot.value = slot.value, duplicate(slot.value)
+            self._pairs[id(slot.value)] = (original, slot.value)
+        self.values: dict[str, Any] = slots.filled(values)
+
+    def settle(self, returned: list[Any]) -> list[Any]:
+        """What is kept of what the node returned. Empties ``returned``: only the node can hold it then."""
+        self.values = {}
+        slots = Slots()
+        values = slots.taken(returned)
+        returned.clear()
+        mine = [slot for slot in slots.tensors if not self._restored(slot)]
+        others = [slot for slot in slots.others if not self._returned(slot)]
+        known = self._moved.union(self._lent)
+        self._lent, self._pairs = {}, {}
+        free = alone(mine, known) if mine else ()
+        here, elsewhere = _by_place(slot for slot in mine if slot not in free)
+        for _ in _copied(here, None):
+            pass
+        for slot in (*elsewhere, *(slot for slot in others if not array_alone(slot))):
+            slot.value = duplicate(slot.value)
+        return cast("list[Any]", slots.filled(values))
+
+    def _restored(self, slot: Slot) -> bool:
+        """Put the original back, where a slot has memory that was lent and that the node has not written."""
+        lent = self._lent.get(storage_key(slot.value))
+        if lent is not None:
+            original = lent.original_of(slot.value)
+            if original is not None:
+                slot.value = original
+                return True
+            return False
+        return self._returned(slot)
+
+    def _returned(self, slot: Slot) -> bool:
+        pair = self._pairs.get(id(slot.value))
+        if pair is None or not _same(*pair):
+            return False
+        slot.value = pair[0]
+        return True
+
+
+class _Lent:
+    """Memory that a node has for its own: ``own``, which held the bytes of ``source`` from ``low`` on."""
+
+    def __init__(self, source: Any, low: int, own: Any, *, viewed: bool) -> None:
+        self._source, self._low, self.own, self._viewed = source, low, own, viewed
+        self._nbytes = int(own.nbytes())
+        self._originals: dict[int, tuple[Any, Any]] = {}
+        self._written: bool | None = None
+
+    @property
+    def key(self) -> int:
+        return int(self.own._cdata)
+
+    def give(self, slot: Slot, given: Any) -> None:
+        self._originals[id(given)] = (slot.value, given)
+        slot.value = given
+
+    def original_of(self, tensor: Any) -> Any:
+        """The tensor over the source that this one, over ours, stands for; None where ours was written."""
+        if self._written is None:
+            self._written = self.own.nbytes() != self._nbytes or self._look()
+        if self._written or self._low % tensor.element_size():
+            return None
+        offset = tensor.storage_offset() + self._low // tensor.element_size()
+        original, given = self._originals.get(id(tensor), (None, None))
+        if given is tensor and _layout(original) == (tensor.dtype, tensor.size(), tensor.stride(), offset):
+            return original
+        return _over(self._source, tensor.dtype, offset, tensor.size(), tensor.stride())
+
+    def _look(self) -> bool:
+        if self._viewed:
+            return may_be_written(self.own.data_ptr(), self._nbytes)
+        import torch
+
+        had = _over(self._source, torch.uint8, self._low, (self._nbytes,), (1,))
+        return not torch.equal(had, _over(self.own, torch.uint8, 0, (self._nbytes,), (1,)))
+
+
+def _layout(tensor: Any) -> tuple[object, ...]:
+    return tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+def _over(storage: Any, dtype: Any, offset: int, size: Any, stride: Any) -> Any:
+    import torch
+
+    return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+
+
+def _copied(slots: Collection[Slot], views: PrivateViews | None) -> Iterator[_Lent]:
+    """Give the slots, of this process's memory, memory of their own; what shared bytes shares them still."""
+    groups: dict[int, list[Slot]] = {}
+    for slot in slots:
+        groups.setdefault(storage_key(slot.value), []).append(slot)
+    for group in groups.values():
+        first = group[0].value
+        if len(group) == 1 and _nbytes(first) < VIEW_MIN_BYTES and first.is_contiguous():
+            given = first.clone()
+            low = first.storage_offset() * first.element_size()
+            lent = _Lent(first.untyped_storage(), low, given.untyped_storage(), viewed=False)
+            lent.give(group[0], given)
+            yield lent
+            continue
+        for low, high, members in _pieces(group):
+            lent = _piece(first.untyped_storage(), low, high, views)
+            for slot in members:
+                tensor = slot.value
+                offset = tensor.storage_offset() - low // tensor.element_size()
+                lent.give(slot, _over(lent.own, tensor.dtype, offset, tensor.size(), tensor.stride()))
+            yield lent
+
+
+def _pieces(group: list[Slot]) -> list[tuple[int, int, list[Slot]]]:
+    """The byte ranges of one storage that tensors use, with those tensors; ranges that overlap are one."""
+    pieces: list[tuple[int, int, list[Slot]]] = []
+    for low, high, slot in sorted(((*_span(slot.value), slot) for slot in group), key=lambda span: span[:2]):
+        if pieces and low < pieces[-1][1]:
+            start, end, members = pieces.pop()
+            pieces.append((start, max(end, high), [*members, slot]))
+        else:
+            pieces.append((low - low % _ALIGN, high, [slot]))
+    return pieces
+
+
+def _span(tensor: Any) -> tuple[int, int]:
+    itemsize = tensor.element_size()
+    low = tensor.storage_offset() * itemsize
+    if not tensor.numel():
+        return low, low
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return low, low + (last + 1) * itemsize
+
+
+def _piece(source: Any, low: int, high: int, views: PrivateViews | None) -> _Lent:
+    import torch
+
+    nbytes = high - low
+    if views is not None and nbytes >= VIEW_MIN_BYTES:
+        array = views(source.data_ptr() + low, nbytes, source)
+        if array is not None:
+            own = torch.frombuffer(array, dtype=torch.uint8).untyped_storage()
+            return _Lent(source, low, own, viewed=True)
+    copied = torch.empty(nbytes, dtype=torch.uint8)
+    copied.copy_(_over(source, torch.uint8, low, (nbytes,), (1,)))
+    return _Lent(source, low, copied.untyped_storage(), viewed=False)
+
+
+def _by_place(slots: Iterator[Slot]) -> tuple[list[Slot], list[Slot]]:
+    """Those in this process's memory, and those on devices."""
+    here: list[Slot] = []
+    elsewhere: list[Slot] = []
+    for slot in slots:
+        (here if slot.value.device.type == "cpu" else elsewhere).append(slot)
+    return here, elsewhere
+
+
+def _nbytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def duplicate(value: Any) -> Any:
+    """A copy of what can be written into: a tensor of any kind, an array, a picture, a bytearray."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    if value.requires_grad and not value.is_leaf:
+        with torch.enable_grad():  # what trains goes on doing so
+            return value.clone()
+    if type(value) is not torch.Tensor:
+        return copy.deepcopy(value)
+    own: Any = value.detach().clone().requires_grad_(value.requires_grad)
+    attributes: dict[str, Any] = private_copy(dict(vars(value)))
+    own.__dict__.update(attributes)
+    return own
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether a copy is still the same to the last bit; False where that can't be told."""
+    import torch
+
+    try:
+        if type(one) is bytearray:
+            return bool(one == other)
+        if not isinstance(one, torch.Tensor):
+            return _same_array(one, other)
+        if (
+            type(one) is not torch.Tensor
+            or vars(one)
+            or vars(other)
+            or one.requires_grad
+            or other.requires_grad
+        ):
+            return False
+        return _same_tensor(one, other)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+        return False
+
+
+_SPARSE_PARTS = {
+    "torch.sparse_coo": ("_indices", "_values"),
+    "torch.sparse_csr": ("crow_indices", "col_indices", "values"),
+    "torch.sparse_csc": ("ccol_indices", "row_indices", "values"),
+    "torch.sparse_bsr": ("crow_indices", "col_indices", "values"),
+    "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
+}
+
+
+def _same_tensor(one: Any, other: Any) -> bool:
+    import torch
+
+    if one.layout != other.layout or one.size() != other.size() or one.dtype != other.dtype:
+        return False
+    if one.layout is not torch.strided:
+        parts = _SPARSE_PARTS[str(one.layout)]
+        return all(_same_tensor(getattr(one, part)(), getattr(other, part)()) for part in parts)
+    if one.stride() != other.stride() or one.is_conj() != other.is_conj() or one.is_neg() != other.is_neg():
+        return False
+    return torch.equal(_as_bits(one), _as_bits(other))
+
+
+def _as_bits(tensor: Any) -> Any:
+    """As whole numbers, for NaN is not equal to itself."""
+    import torch
+
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj().resolve_neg())
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.resolve_neg().view(sizes[tensor.element_size()])
+
+
+def _same_array(one: Any, other: Any) -> bool:
+    return (
+        type(one) is type(other)
+        and (one.shape, one.strides) == (other.shape, other.strides)
+        and one.dtype == other.dtype
+        and not one.dtype.hasobject
+        and one.tobytes("A") == other.tobytes("A")
+    )
+
+
+def private_copy(value: Any) -> Any:
+    """The same value, sharing nothing with it that can be written into; what was one object is one copy."""
+    return Loan({"value": value}, move=False).values["value"]
+
+
+def detached(value: Any) -> Any:
+    """The value with its containers made anew, and copies of what its maker may still hold."""
+    return Loan({}).settle([value])[0]
 
 
 class Watch:
-    """Remembers which state the tensors inside some values are in."""
+    """Remembers which state the tensors inside some values are in, as torch's version counters tell."""
 
     __slots__ = ("_seen",)
 
     def __init__(self, values: object) -> None:
         self._seen: list[tuple[Any, int]] = []
-        for tensor in _tensors(values, _DEPTH):
+        for tensor in _tensors(values, 8):  # CONDITIONING is a list of pairs of tensor and dict
             version = _version(tensor)
             if version is not None:
                 self._seen.append((tensor, version))
 
     def changed(self) -> bool:
-        """Whether any of them has been written into since."""
+        """Whether torch has written into any of them since."""
         return any(_version(tensor) != version for tensor, version in self._seen)
 
 
@@ -44,69 +339,15 @@ def _version(tensor: Any) -> int | None:
         return None
 
 
-def private_copy(values: object) -> Any:
-    """The same values with a copy in place of each tensor; the same tensor twice is one copy."""
-    copies: dict[int, Any] = {}
-
-    def copy(tensor: Any) -> Any:
-        return copies.setdefault(id(tensor), tensor.clone())
-
-    return _map(values, copy, _DEPTH)
-
-
-class Trial:
-    """Copies for a node whose class is not known yet, and what they show afterwards."""
-
-    def __init__(self, values: object) -> None:
-        self._pairs: list[tuple[Any, Any]] = []
-        copies: dict[int, Any] = {}
-
-        def copy(tensor: Any) -> Any:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.clone()
-                self._pairs.append((tensor, copies[id(tensor)]))
-            return copies[id(tensor)]
-
-        self.values: Any = _map(values, copy, _DEPTH)
-
-    def wrote(self) -> bool:
-        """Whether any copy is not any more what it was copied from."""
-        return any(_version(copy) or not _equal(original, copy) for original, copy in self._pairs)
-
-    def give_back(self, values: Any) -> Any:
-        """The values that the node gave, with the originals where it passed copies of them on."""
-        originals = {id(copy): original for original, copy in self._pairs}
-        return _map(values, lambda tensor: originals.get(id(tensor), tensor), _DEPTH)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    import torch
-
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    try:
-        if one.is_floating_point() or one.is_complex():
-            return bool(torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True))
-        return bool(torch.equal(one, other))
-    except (RuntimeError, NotImplementedError):  # a dtype or layout that torch can't compare
-        return True
-
-
 _NO_TENSORS = frozenset((type(None), bool, int, float, str, bytes))
-
-
-def _is_tensor(value: object) -> bool:
-    if type(value) in _NO_TENSORS:
-        return False
-    import torch
-
-    return isinstance(value, torch.Tensor)
 
 
 def _tensors(value: object, depth: int) -> Iterator[Any]:
     if type(value) in _NO_TENSORS:
         return
-    if _is_tensor(value):
+    import torch
+
+    if isinstance(value, torch.Tensor):
         yield value
     elif depth and isinstance(value, Mapping):
         for item in cast("Mapping[object, object]", value).values():
@@ -114,15 +355,3 @@ def _tensors(value: object, depth: int) -> Iterator[Any]:
     elif depth and isinstance(value, (list, tuple)):
         for item in cast("list[object]", value):
             yield from _tensors(item, depth - 1)
-
-
-def _map(value: object, change: Callable[[Any], Any], depth: int) -> Any:
-    if _is_tensor(value):
-        return change(value)
-    if depth and type(value) is dict:
-        items = cast("dict[object, object]", value).items()
-        return {key: _map(item, change, depth - 1) for key, item in items}
-    if depth and type(value) in (list, tuple):
-        mapped = [_map(item, change, depth - 1) for item in cast("list[object]", value)]
-        return mapped if type(value) is list else tuple(mapped)
-    return value

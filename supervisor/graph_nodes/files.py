@@ -38,6 +38,7 @@ class LoadImage:
 
     RETURN_TYPES = ("IMAGE", "MASK")
     FUNCTION = "load_image"
+    WRITES_SHARED = False
     CATEGORY = "image"
 
     @classmethod
@@ -105,6 +106,7 @@ class SaveImage:
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("images",)
     FUNCTION = "save_images"
+    WRITES_SHARED = False
     OUTPUT_NODE = True
     CATEGORY = "image"
 
@@ -195,6 +197,7 @@ class PreviewImage:
 
     RETURN_TYPES = ()
     FUNCTION = "preview_images"
+    WRITES_SHARED = False
     OUTPUT_NODE = True
     CATEGORY = "image"
 

@@ -21,6 +21,7 @@ class ImageBlend:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "blend_images"
+    WRITES_SHARED = False
     CATEGORY = "image/filters"
 
     @classmethod
@@ -67,6 +68,7 @@ class ImageInvert:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "invert"
+    WRITES_SHARED = False
     CATEGORY = "image/color"
 
     @classmethod
@@ -82,6 +84,7 @@ class ImageBlur:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "blur"
+    WRITES_SHARED = False
     CATEGORY = "image/filters"
 
     @classmethod

@@ -33,6 +33,7 @@ class EmptyImage:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "generate"
+    WRITES_SHARED = False
     CATEGORY = "image"
 
     @classmethod
@@ -59,6 +60,7 @@ class EmptyLatentImage:
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "generate"
+    WRITES_SHARED = False
     CATEGORY = "model/latent"
 
     @classmethod
@@ -82,6 +84,7 @@ class PrimitiveString:
 
     RETURN_TYPES = ("STRING",)
     FUNCTION = "execute"
+    WRITES_SHARED = False
     CATEGORY = "utilities/primitive"
     INPUT: tuple[str, dict[str, Any]] = ("STRING", {"multiline": False})
 
@@ -96,12 +99,14 @@ class PrimitiveString:
 class PrimitiveStringMultiline(PrimitiveString):
     """A text of several lines."""
 
+    WRITES_SHARED = False
     INPUT = ("STRING", {"multiline": True})
 
 
 class PrimitiveInt(PrimitiveString):
     """A whole number."""
 
+    WRITES_SHARED = False
     RETURN_TYPES = ("INT",)
     INPUT = ("INT", {"min": -sys.maxsize, "max": sys.maxsize, "control_after_generate": "fixed"})
 
@@ -109,6 +114,7 @@ class PrimitiveInt(PrimitiveString):
 class PrimitiveFloat(PrimitiveString):
     """A number."""
 
+    WRITES_SHARED = False
     RETURN_TYPES = ("FLOAT",)
     INPUT = ("FLOAT", {"min": -sys.maxsize, "max": sys.maxsize, "step": 0.1})
 
@@ -116,6 +122,7 @@ class PrimitiveFloat(PrimitiveString):
 class PrimitiveBoolean(PrimitiveString):
     """True or false."""
 
+    WRITES_SHARED = False
     RETURN_TYPES = ("BOOLEAN",)
     INPUT = ("BOOLEAN", {})
 

@@ -22,6 +22,7 @@ class ImageToLatent:
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "encode"
+    WRITES_SHARED = False
     CATEGORY = "latent"
 
     @classmethod
@@ -44,6 +45,7 @@ class LatentToImage:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "decode"
+    WRITES_SHARED = False
     CATEGORY = "latent"
 
     @classmethod

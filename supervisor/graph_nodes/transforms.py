@@ -35,6 +35,7 @@ class ImageScale:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "upscale"
+    WRITES_SHARED = False
     CATEGORY = "image/upscaling"
 
     @classmethod
@@ -67,6 +68,7 @@ class ImageScaleBy:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "upscale"
+    WRITES_SHARED = False
     CATEGORY = "image/upscaling"
 
     @classmethod
@@ -90,6 +92,7 @@ class ImageCrop:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "crop"
+    WRITES_SHARED = False
     CATEGORY = "image/transform"
 
     @classmethod
@@ -117,6 +120,7 @@ class ImageBatch:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "batch"
+    WRITES_SHARED = False
     CATEGORY = "image/batch"
 
     @classmethod
@@ -136,6 +140,7 @@ class RepeatImageBatch:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "repeat"
+    WRITES_SHARED = False
     CATEGORY = "image/batch"
 
     @classmethod
@@ -151,6 +156,7 @@ class ImageFromBatch:
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "frombatch"
+    WRITES_SHARED = False
     CATEGORY = "image/batch"
 
     @classmethod
@@ -176,6 +182,7 @@ class GetImageSize:
     RETURN_TYPES = ("INT", "INT", "INT")
     RETURN_NAMES = ("width", "height", "batch_size")
     FUNCTION = "get_size"
+    WRITES_SHARED = False
     CATEGORY = "image"
 
     @classmethod

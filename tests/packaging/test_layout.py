@@ -30,6 +30,8 @@ TORCH_IMPORTERS = {
     "transport/resident.py",
     "transport/tensors.py",
     "supervisor/graph.py",
+    "supervisor/graph_holders.py",
+    "supervisor/graph_slots.py",
     "supervisor/graph_writes.py",
     "supervisor/comfy_models.py",
     "supervisor/comfy_models_build.py",
