@@ -26,7 +26,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["MainProgram", "is_manager", "take_begun"]
+__all__ = ["MainProgram", "Stamp", "is_manager", "stamp_of", "take_begun"]
 
 _log = logging.getLogger("legion_shm.supervisor.comfy")
 
@@ -112,7 +112,7 @@ class MainProgram:
         for folder in cast("Any", sys.modules["folder_paths"]).get_folder_paths("custom_nodes"):
             with contextlib.suppress(OSError):
                 paths += [os.path.join(entry, _SCRIPT) for entry in os.scandir(folder) if entry.is_dir()]
-        return {path: stamp for path in paths if (stamp := _stamp(path)) is not None}
+        return {path: stamp for path in paths if (stamp := stamp_of(path)) is not None}
 
 
 def take_begun(root: Path) -> MainProgram | None:
@@ -148,7 +148,7 @@ def _is_last_block(statement: ast.stmt) -> bool:
     )
 
 
-def _stamp(path: str) -> Stamp:
+def stamp_of(path: str) -> Stamp:
     try:
         status = os.stat(path)
     except OSError:

@@ -5,7 +5,7 @@ are never loaded here; their prestartup scripts are run, since they have to come
 there is a GPU, nothing of ComfyUI's core is loaded, for `comfy.model_management` looks at the device when it
 is imported; libraries alone are.
 
-    main.py up to its main code ─▶ with --cpu: torch's library, core, extra nodes' imports
+    main.py up to its main code ─▶ with --cpu: torch's library, core, and its own node files too
                                 └▶ libraries that ComfyUI's other files import
 """
 
@@ -23,9 +23,16 @@ from typing import Any
 
 from legion_shm.supervisor.comfy_args import accelerator_found, headless_arguments, read_arguments
 from legion_shm.supervisor.comfy_main import MainProgram
+from legion_shm.supervisor.comfy_node_files import load_node_files
 from legion_shm.supervisor.torch_library import torch_library_loading
 
 __all__ = ["imported_by", "preload_comfyui"]
+
+_LATE = ("comfy_config.config_parser",)
+"""ComfyUI's own modules that need libraries alone, and that functions of it import."""
+
+_WITH_CORE = ("legion_shm.supervisor.comfy_models",)
+"""Our own modules that a worker imports once ComfyUI is there."""
 
 _OWN_FILES = ("main.py", "execution.py", "server.py", "nodes.py", "folder_paths.py")
 _IMPORT = re.compile(r"^(?:import|from)[ \t]+([\w.]+)", re.MULTILINE)
@@ -99,9 +106,11 @@ def _import_libraries(root: Path, skipped: frozenset[str]) -> str:
     refused = _Refused(skipped)
     sys.meta_path.insert(0, refused)
     try:
-        for name in imported_by([path for path in _files(root) if str(path) not in loaded]):
+        theirs = imported_by([path for path in _files(root) if str(path) not in loaded])
+        for name in (*theirs, *_LATE):
             top, *parts = name.split(".")
-            if top in skipped or (root / top).exists() or (root / f"{top}.py").exists():
+            own = (root / top).exists() or (root / f"{top}.py").exists()
+            if top in skipped or (own and name not in _LATE):
                 continue
             if not skipped.isdisjoint(parts):  # such as einops.layers.torch
                 continue
@@ -127,7 +136,7 @@ class _Refused:
 
 
 def _import_core(root: Path, modules: Sequence[str], *, with_api_nodes: bool) -> None:
-    """The main code's imports, then those of the node files that ComfyUI will load by their paths."""
+    """The main code's imports, then those of the node files, then these themselves."""
     for name in modules:
         importlib.import_module(name)
     folders = ("comfy_extras", "comfy_api_nodes") if with_api_nodes else ("comfy_extras",)
@@ -136,6 +145,9 @@ def _import_core(root: Path, modules: Sequence[str], *, with_api_nodes: bool) ->
     ):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    load_node_files(root, importlib.import_module("nodes"), with_api_nodes=with_api_nodes)
+    for name in _WITH_CORE:
+        importlib.import_module(name)
 
 
 def _files(root: Path) -> list[Path]:

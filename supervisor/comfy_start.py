@@ -30,6 +30,7 @@ from legion_shm.errors import ConfigError, StartupError
 from legion_shm.supervisor.comfy_args import accelerator_found, headless_arguments, read_arguments
 from legion_shm.supervisor.comfy_job import Relay
 from legion_shm.supervisor.comfy_main import MainProgram, is_manager, take_begun
+from legion_shm.supervisor.comfy_node_files import is_loaded
 from legion_shm.supervisor.graph_report import describe_value
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 
@@ -265,7 +266,8 @@ def _watch_custom_nodes(nodes: Any) -> list[str]:
         return failed
 
     async def watched(module_path: str, *args: Any, **named: Any) -> Any:
-        if is_manager(module_path):
+        parent = named.get("module_parent", "custom_nodes")
+        if is_manager(module_path) or (not args and is_loaded(module_path, parent)):
             return True
         said.last = ""
         logging.getLogger().addHandler(said)
@@ -273,7 +275,7 @@ def _watch_custom_nodes(nodes: Any) -> list[str]:
             loaded = await cast("Any", load)(module_path, *args, **named)
         finally:
             logging.getLogger().removeHandler(said)
-        if not loaded and named.get("module_parent", "custom_nodes") == "custom_nodes":
+        if not loaded and parent == "custom_nodes":
             name = os.path.basename(module_path)
             failed.append(f"{name}: {said.last}" if said.last else name)
         return loaded

@@ -1,19 +1,30 @@
 """What came back when workers dropped their caches and models: measured in the worker, gathered here.
 
-Owns the waiting of callers. Asking the workers is the loop's.
+Owns the waiting of callers, and when a worker's heap gives back what nothing is in. Asking the workers is the
+loop's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FreedMemory", "Freeing", "empty_gpu_caches", "forked", "freeze", "measured"]
+__all__ = [
+    "FreedMemory",
+    "Freeing",
+    "IdleHeap",
+    "empty_gpu_caches",
+    "forked",
+    "freeze",
+    "measured",
+    "trim_heap",
+]
 
 _shared = False
 
@@ -66,6 +77,34 @@ class Freeing:
             return tuple(self._freed.values())
 
 
+class IdleHeap:
+    """When the C library's heap gives back what is free in it: after each job, once nothing came for a while.
+
+    A job's tensors leave up to tens of megabytes there, in every worker. The next job takes them again page
+    by page, so they stay while jobs follow each other.
+    """
+
+    def __init__(self, idle_s: float) -> None:
+        self._idle_s = idle_s
+        self._used_s: float | None = None
+
+    def used(self, now_s: float) -> None:
+        self._used_s = now_s
+
+    def due_in_s(self, now_s: float) -> float | None:
+        """Seconds until `give_back` has something to do; None without a job since the last time."""
+        return None if self._used_s is None else max(0.0, self._used_s + self._idle_s - now_s)
+
+    def give_back(self, now_s: float) -> bool:
+        """Whether it was time, and done."""
+        if self.due_in_s(now_s) != 0.0:
+            return False
+        self._used_s = None
+        _free_matrix_buffers()
+        trim_heap()
+        return True
+
+
 def forked() -> None:
     """What is frozen now is shared with the process that forked this one, and stays frozen.
 
@@ -94,12 +133,25 @@ def measured(free: Callable[[], None], give_up: Callable[[], None]) -> tuple[int
     gc.collect()
     give_up()
     freeze()
-    _trim_heap()
+    trim_heap()
     empty_gpu_caches()
     return max(0, host - _host_bytes()), max(0, gpu - _gpu_bytes())
 
 
-def _trim_heap() -> None:
+def _free_matrix_buffers() -> None:
+    """MKL keeps the largest matrices that it has packed, for this thread's next product.
+
+    Those of other threads stay: they may be computing. torch holds MKL, and exports this of it on x86 alone.
+    """
+    torch: Any = sys.modules.get("torch")
+    path = os.path.join(os.path.dirname(str(torch.__file__)), "lib", "libtorch_cpu.so") if torch else ""
+    if os.path.isfile(path):
+        free: Any = getattr(ctypes.CDLL(path), "mkl_serv_thread_free_buffers", None)
+        if free is not None:
+            free()
+
+
+def trim_heap() -> None:
     """glibc keeps what was freed for the next allocation, unless it is told to give it back."""
     trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

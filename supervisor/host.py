@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from legion_shm import faults
+from legion_shm.clock import monotonic_s
 from legion_shm.errors import (
     JobCancelled,
     JobFailed,
@@ -34,7 +35,7 @@ from legion_shm.errors import (
 )
 from legion_shm.supervisor import death_pipe
 from legion_shm.supervisor.engine import Engine, JobRequest
-from legion_shm.supervisor.freeing import empty_gpu_caches, freeze, measured
+from legion_shm.supervisor.freeing import IdleHeap, empty_gpu_caches, freeze, measured
 from legion_shm.supervisor.host_control import ControlThread
 from legion_shm.supervisor.host_reports import Events, LogHandler, failure_reply
 from legion_shm.supervisor.spawn import HostConfig
@@ -128,6 +129,7 @@ class _Host:
         self._jobs = ClientChannel(config.endpoint, config.job_identity, max_bytes=config.max_message_bytes)
         self._jobs_lock = threading.Lock()
         self._memory = WorkerMemory(config, self._send, self._receive_message)
+        self._heap = IdleHeap(config.idle_trim_s)
         self._control = ControlThread(config, self._memory, self._flush_slow_node)
         self._events: Events | None = None
         self._engine: Engine | None = None
@@ -226,6 +228,7 @@ class _Host:
             if self._waiting:
                 self._run(self._waiting.popleft())
                 self._memory.make_room()
+                self._heap.used(monotonic_s())
                 continue
             if self._frees_wanted:
                 asked, self._frees_wanted = self._frees_wanted, 0
@@ -236,10 +239,13 @@ class _Host:
             forgotten = self._memory.take_forgotten()
             if forgotten:
                 self._require_engine().forget(forgotten)
-            if self._receive_message(self._memory.trim_in_s()) is None:
+            due_s = [self._memory.trim_in_s(), self._heap.due_in_s(monotonic_s())]
+            wait_s = min((each for each in due_s if each is not None), default=None)
+            if self._receive_message(wait_s) is None:
                 retired = self._memory.trim()
                 if retired:
                     self._send(SegmentRetired(retired))
+                self._heap.give_back(monotonic_s())
 
     def close(self) -> None:
         if faults.hit is not None:

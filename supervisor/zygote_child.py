@@ -1,7 +1,7 @@
 """The zygote: a process that has imported what workers of one kind need, and forks them.
 
 Owns its own life and the moment of each fork: what a fork must not share is taken from it here, before it
-becomes a worker. It never runs a node, never loads a module with nodes, and never touches a GPU.
+becomes a worker. It never runs a node, never loads a user's module, and never touches a GPU.
 
     exec ─▶ preload ─▶ fit? ─▶ serve ──Fork──▶ still as on disk? ─▶ fork ─▶ Forked, later Exited
                          │                       └─ not: Outdated    └─ child: serve returns what it is to be
@@ -30,7 +30,7 @@ from multiprocessing import current_process
 from typing import Any, Literal, cast
 
 from legion_shm.supervisor import death_pipe, zygote_wire
-from legion_shm.supervisor.freeing import forked
+from legion_shm.supervisor.freeing import forked, trim_heap
 from legion_shm.supervisor.spawn import HostConfig, Launch, LaunchedProcess, tell_ends
 from legion_shm.supervisor.worker_env import without_preload
 from legion_shm.supervisor.zygote_wire import (
@@ -100,6 +100,7 @@ def serve(config: ZygoteConfig) -> HostConfig | None:
     if trouble is None:
         reason = _why_unfit()
         trouble = Unfit(reason, clean=True) if reason else None
+    trim_heap()  # what imports left free would be every fork's
     zygote_wire.send_report(control, trouble or Fit(time.monotonic() - started_s))
     gc.freeze()
     return _Zygote(control, config, str if isinstance(loaded, Unfit) else loaded).run()

@@ -25,7 +25,7 @@ _GRAPH = (
     "legion_shm.supervisor.graph_nodes",
     "legion_shm.nodes",
 )
-_COMFY = ("legion_shm.supervisor.comfy",)
+_COMFY = ("legion_shm.supervisor.comfy", "legion_shm.nodes")
 
 
 class NotToBePreloaded(Exception):

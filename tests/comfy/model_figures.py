@@ -19,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 _CHANNELS = (1, 2, 4)
 _ROUNDS = 7
+_IDLE_TRIM_S = 2.0
 
 
 def _rollup(pid: int) -> dict[str, int]:
@@ -33,6 +35,11 @@ def _rollup(pid: int) -> dict[str, int]:
         name, amount, *_ = line.split()
         found[name.rstrip(":")] = int(amount) * 1024
     return found
+
+
+def _parent(pid: int) -> int:
+    """The process that forked it."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _copy_ms(nbytes: int) -> float:
@@ -87,7 +94,7 @@ def measure(root: Path, base: Path, workers: int) -> dict[str, Any]:
     }
     wait_s = 300.0
     found: dict[str, Any] = {"weights_bytes": weights, "tensors": len(list(model.model.parameters()))}
-    with Supervisor(arena_quota_bytes=8 << 30) as legion:
+    with Supervisor(arena_quota_bytes=8 << 30, idle_trim_s=_IDLE_TRIM_S) as legion:
 
         def latent(fill: float) -> dict[str, Any]:
             return {"samples": torch.full((1, 4, 8, 8), fill)}
@@ -98,42 +105,59 @@ def measure(root: Path, base: Path, workers: int) -> dict[str, Any]:
         here = driver.run_node(
             "KSampler", model=model, **settings, positive=cond, negative=cond, latent_image=latent(0.0)
         )
-        legion.warm_up(spec, workers=workers)
-        deadline = time.monotonic() + wait_s
-        while [worker.state for worker in legion.workers()].count("idle") < workers:
-            if time.monotonic() > deadline:
-                raise TimeoutError("the workers did not start")
-            time.sleep(0.1)
-        pids = {worker.id: worker.pid for worker in legion.workers() if worker.pid is not None}
-        before = {worker: _rollup(pid) for worker, pid in pids.items()}
+
+        def start(count: int) -> dict[str, int]:
+            legion.warm_up(spec, workers=count)
+            deadline = time.monotonic() + wait_s
+            while [worker.state for worker in legion.workers()].count("idle") < count:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the workers did not start")
+                time.sleep(0.1)
+            return {worker.id: worker.pid for worker in legion.workers() if worker.pid is not None}
+
+        def at_rest(pids: Iterable[int]) -> list[dict[str, int]]:
+            """Once they have given back what a job leaves free."""
+            time.sleep(_IDLE_TRIM_S + 1.0)
+            return [_rollup(pid) for pid in pids]
+
+        user, user_pid = next(iter(start(1).items()))
         first = submit(0.0).result(timeout=wait_s)
         found["equal"] = bool(torch.equal(here["samples"], first["output_1"]["samples"]))
         found["first_encode_ms"] = first.stats.encode_s * 1000
         found["first_decode_ms"] = first.stats.decode_s * 1000
-        user = first.stats.worker_id
         encode, decode = [], []
         for number in range(_ROUNDS):
             stats = submit(1.0 + number).result(timeout=wait_s).stats
             encode.append(stats.encode_s * 1000)
-            if stats.worker_id == user:
-                decode.append(stats.decode_s * 1000)
+            decode.append(stats.decode_s * 1000)
         found["second_encode_ms"] = statistics.median(encode)
         found["second_encode_max_ms"] = max(encode)
-        found["second_decode_ms"] = statistics.median(decode[1:] or decode)
+        found["second_decode_ms"] = statistics.median(decode[1:])
         found["second_decode_max_ms"] = max(decode)
-        one = _rollup(pids[user])
+        zygote = _parent(user_pid)
+        alone, zygote_of_one = at_rest([user_pid, zygote])
+        pids = start(workers)
+        others = [pid for worker, pid in pids.items() if worker != user]
+        one, *without = at_rest([user_pid, *others])
         for number in range(4):
             jobs = [submit(20.0 + number * workers + offset) for offset in range(workers)]
             for job in jobs:
                 job.result(timeout=wait_s)
-        after = {worker: _rollup(pid) for worker, pid in pids.items()}
+        busy = [_rollup(pid) for pid in pids.values()]
+        *after, zygote_of_all = at_rest([*pids.values(), zygote])
+        unused = statistics.mean(item["Pss"] for item in without)
         found["workers"] = workers
-        found["pss_one_bytes"] = one["Pss"] - before[user]["Pss"]
-        found["pss_all_bytes"] = sum(after[w]["Pss"] - before[w]["Pss"] for w in pids)
-        found["pss_worker_without_bytes"] = statistics.mean(item["Pss"] for item in before.values())
+        found["pss_worker_without_bytes"] = unused
+        found["pss_one_bytes"] = one["Pss"] - unused
+        found["pss_all_bytes"] = sum(item["Pss"] for item in after) - workers * unused
+        found["pss_total_alone_bytes"] = alone["Pss"]
         found["pss_total_one_bytes"] = one["Pss"]
-        found["pss_total_all_bytes"] = sum(item["Pss"] for item in after.values())
-        found["mapped"] = sum(1 for w in pids if after[w]["Pss_Shmem"] > weights / (2 * workers))
+        found["pss_total_all_bytes"] = sum(item["Pss"] for item in after)
+        found["pss_total_all_just_after_bytes"] = sum(item["Pss"] for item in busy)
+        found["pss_zygote_of_one_bytes"] = zygote_of_one["Pss"]
+        found["pss_zygote_of_all_bytes"] = zygote_of_all["Pss"]
+        found["uss_bytes"] = statistics.mean(item["Private_Dirty"] + item["Private_Clean"] for item in after)
+        found["mapped"] = sum(1 for item in after if item["Pss_Shmem"] > weights / (2 * workers))
         again = []
         for _ in range(3):
             TABLE._by_object.clear()
@@ -169,8 +193,22 @@ def _show(found: dict[str, Any]) -> str:
             f"PSS that it adds to {found['workers']} workers together",
             f"{found['pss_all_bytes'] / 1e9:.2f} GB: {times:.2f} times",
         ),
-        ("PSS of one worker with the model, in all", f"{found['pss_total_one_bytes'] / 1e9:.2f} GB"),
-        (f"PSS of {found['workers']} of them, in all", f"{found['pss_total_all_bytes'] / 1e9:.2f} GB"),
+        ("PSS in all: one worker, alone", f"{found['pss_total_alone_bytes'] / 1e9:.2f} GB"),
+        (f"one of {found['workers']}, the others without", f"{found['pss_total_one_bytes'] / 1e9:.2f} GB"),
+        (
+            f"{found['workers']} with the model",
+            (
+                f"{found['pss_total_all_bytes'] / 1e9:.2f} GB: "
+                f"{found['pss_total_all_bytes'] / found['pss_total_alone_bytes']:.2f} times one alone, "
+                f"{found['pss_total_all_bytes'] / found['pss_total_one_bytes']:.2f} times one among them"
+            ),
+        ),
+        ("the same right after their jobs", f"{found['pss_total_all_just_after_bytes'] / 1e9:.2f} GB"),
+        (
+            f"zygote beside one, beside {found['workers']}",
+            f"{found['pss_zygote_of_one_bytes'] / 1e9:.2f}, {found['pss_zygote_of_all_bytes'] / 1e9:.2f} GB",
+        ),
+        ("private to each worker", f"{found['uss_bytes'] / 1e6:.0f} MB"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

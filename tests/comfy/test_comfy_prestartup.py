@@ -69,6 +69,10 @@ class EarlyFacts:
             "program": sys.modules["__main__"].__file__,
             "spawned": process.exitcode,
             "manager_nodes": "ManagerNode" in nodes.NODE_CLASS_MAPPINGS,
+            "nodes": sorted(nodes.NODE_CLASS_MAPPINGS),
+            "modules": {name: kind.RELATIVE_PYTHON_MODULE for name, kind in nodes.NODE_CLASS_MAPPINGS.items()
+                        if hasattr(kind, "RELATIVE_PYTHON_MODULE")},
+            "names": dict(nodes.NODE_DISPLAY_NAME_MAPPINGS),
             "handlers": [type(handler).__name__ for handler in __import__("logging").getLogger().handlers],
         }
         return (json.dumps(facts),)
@@ -174,7 +178,7 @@ def test_a_forked_worker_has_what_an_executed_one_has(legion: Supervisor, instal
     assert executed["parent"] == os.getpid() != forked["parent"]
     in_zygote, in_worker = installation.said()
     assert in_worker == {**in_zygote, "pid": executed["pid"]}
-    for name in ("set_early", "path", "program", "spawned", "handlers"):
+    for name in ("set_early", "path", "program", "spawned", "handlers", "nodes", "modules", "names"):
         assert forked[name] == executed[name], name
     assert executed["spawned"] == 0, "a node may start processes: they do not run ComfyUI's main.py"
     assert executed["handlers"].count("StreamHandler") == 0, "no line of the log comes twice"

@@ -8,10 +8,11 @@ import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from legion_shm.supervisor import freeing
-from legion_shm.supervisor.freeing import FreedMemory, Freeing
+from legion_shm.supervisor.freeing import FreedMemory, Freeing, IdleHeap
 
 
 class Cycle:
@@ -106,3 +107,46 @@ def test_what_torch_keeps_of_a_gpu_is_given_back_and_counted_and_no_gpu_is_opene
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=FakeCuda(opened=opened)))
     assert freeing.measured(lambda: None, lambda: None)[1] == came_back
+
+
+@pytest.fixture
+def trims(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    done: list[str] = []
+    monkeypatch.setattr(freeing, "trim_heap", lambda: done.append("heap"))
+    monkeypatch.setattr(freeing, "_free_matrix_buffers", lambda: done.append("buffers"))
+    return done
+
+
+def test_a_heap_is_given_back_once_after_a_job_and_a_pause(trims: list[str]) -> None:
+    heap = IdleHeap(10.0)
+    assert heap.due_in_s(0.0) is None
+    assert not heap.give_back(0.0), "there was no job"
+    heap.used(100.0)
+    assert heap.due_in_s(104.0) == 6.0
+    assert not heap.give_back(109.9)
+    assert not trims
+    assert heap.give_back(110.0)
+    assert trims == ["buffers", "heap"]
+    assert heap.due_in_s(111.0) is None
+    assert not heap.give_back(200.0), "nothing was used since"
+
+
+def test_a_heap_stays_while_jobs_follow_each_other(trims: list[str]) -> None:
+    heap = IdleHeap(10.0)
+    for now_s in (0.0, 9.0, 18.0):
+        heap.used(now_s)
+    assert not heap.give_back(27.9)
+    assert not trims
+
+
+def test_what_is_free_in_a_heap_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    blocks = [bytearray(100_000) for _ in range(1000)]  # below the size that is mapped alone
+    last = bytearray(100_000)  # so that the heap does not simply shrink
+    del blocks
+    before = process.memory_info().rss
+    heap = IdleHeap(1.0)
+    heap.used(0.0)
+    assert heap.give_back(1.0)
+    assert before - process.memory_info().rss > 50_000_000
+    del last
