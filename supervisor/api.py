@@ -184,7 +184,7 @@ class Supervisor:
             except UnsupportedValue:
                 self._memory.discard_values(packed.values)
                 raise
-            size = len(prepared.data) + sum(len(value[1]) for value in packed.values) + _FRAME_SLACK_BYTES
+            size = len(prepared.data) + sum(len(note.tree) for note in packed.values) + _FRAME_SLACK_BYTES
             if size > self.settings.max_message_bytes:
                 self._memory.discard_values(packed.values)
                 raise MessageTooLarge(

@@ -163,8 +163,8 @@ class Lending:
             return  # the same once more: its blocks are ours, or were
         unwanted = tuple(
             handle
-            for value in message.values
-            for handle, new in zip(value[2], value[3], strict=False)
+            for note in message.values
+            for handle, new in zip(note.blocks, note.owned, strict=False)
             if new and handle.arena == worker.arena and not self.table.is_live(handle)
         )
         self.table.release_all(message.released, worker.id)

@@ -97,9 +97,11 @@ def stats_from(
     transfers = [
         Transfer.from_stats("to_worker", name, stats) for name, stats in sent.items() if name != EXTRA_DATA
     ]
-    for name, _, _, _, _, numbers in message.values:
-        if name != REPORT:
-            transfers.append(Transfer.from_stats("from_worker", name, TransferStats(*numbers)))
+    transfers += [
+        Transfer.from_stats("from_worker", note.name, TransferStats(*note.stats))
+        for note in message.values
+        if note.name != REPORT
+    ]
     return JobStats(
         engine=engine,
         worker_id=worker,

@@ -172,7 +172,7 @@ class Delivery:
         self._allow_cpu, self._remotes, self._pickled = allow_cpu, remotes, pickled
         self._lock = threading.Lock()
         self._decoded: Result | LegionError | None = None
-        handles = tuple(handle for value in values for handle in value[2])
+        handles = tuple(handle for note in values for handle in note.blocks)
         self._finalizer = weakref.finalize(self, decoder.give_back, handles, worker, remotes)
         self._finalizer.atexit = False
         decoder.expect(self)

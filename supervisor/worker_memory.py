@@ -153,7 +153,7 @@ class WorkerMemory:
             allow_cpu=allow_cpu,
             types=self.remotes.receiving,
         )
-        return inputs, {name: identity for name, _, _, _, identity, _ in values}
+        return inputs, {note.name: note.identity for note in values}
 
     def encode_outputs(
         self,
@@ -212,7 +212,7 @@ class WorkerMemory:
     def result_sent(self, job: str) -> None:
         """The result is on its way. What it refers to is kept until the supervisor has its leases."""
         kept = self._kept.get(job)
-        if kept is not None and all(new for value in kept.values for new in value[3]):
+        if kept is not None and all(new for note in kept.values for new in note.owned):
             del self._kept[job]
 
     def discard_result(self, job: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -66,7 +67,9 @@ class Fresh:
     """
 
     def __init__(self) -> None:
-        self._spans: list[tuple[int, int, BlockHandle, int, object]] = []
+        # None of them within another: so ends go up as starts do, and one look finds what holds some bytes.
+        self._starts: list[int] = []
+        self._spans: list[tuple[int, BlockHandle, int, object]] = []
         self.handles: set[BlockHandle] = set()
         self.objects: dict[int, tuple[int, int]] = {}
         self._alive: list[object] = []
@@ -79,15 +82,25 @@ class Fresh:
         self._values += 1
 
     def note(self, low: int, nbytes: int, handle: BlockHandle, offset: int, source: object) -> None:
-        self._spans.append((low, low + nbytes, handle, offset, source))
+        """These bytes, which ``source`` keeps where they are, were copied to ``offset`` of the block."""
         self.handles.add(handle)
+        high = low + nbytes
+        first = bisect_left(self._starts, low)
+        last = first
+        if self.find(low, nbytes) is not None:
+            return
+        while last < len(self._spans) and self._spans[last][0] <= high:
+            last += 1
+        self._starts[first:last] = [low]
+        self._spans[first:last] = [(high, handle, offset, source)]
 
     def find(self, low: int, nbytes: int) -> tuple[BlockHandle, int] | None:
-        """The block that holds these bytes, which ``source`` keeps where they are, and the offset in it."""
-        for start, end, handle, offset, _ in self._spans:
-            if start <= low and low + nbytes <= end:
-                return handle, offset + low - start
-        return None
+        """The block that holds a copy of these bytes, and the offset in it."""
+        index = bisect_right(self._starts, low) - 1
+        if index < 0:
+            return None
+        end, handle, offset, _ = self._spans[index]
+        return (handle, offset + low - self._starts[index]) if low + nbytes <= end else None
 
 
 def write_groups(

@@ -18,7 +18,7 @@ import msgpack
 
 from legion_shm.errors import InvalidHandle, MessageTooLarge, ProtocolError
 from legion_shm.transport.handles import BlockHandle
-from legion_shm.transport.messages import Flags, Handles, Message, Names, NodeRows, Pairs, Values
+from legion_shm.transport.messages import Flags, Handles, Message, Names, NodeRows, Pairs, ValueNote, Values
 
 __all__ = ["MESSAGES", "PROTOCOL_VERSION", "decode_message", "encode_message"]
 
@@ -100,7 +100,8 @@ def _value(value: object) -> object:
         raise ProtocolError(f"a value has 6 items, got {len(items)}")
     name, tree, blocks, owned, identity, stats = items
     checked = None if identity is None else _BYTES(identity)
-    return _STR(name), _BYTES(tree), _HANDLES(blocks), _FLAGS(owned), checked, _INTS(stats)
+    note = _STR(name), _BYTES(tree), _HANDLES(blocks), _FLAGS(owned), checked, _INTS(stats)
+    return ValueNote(*cast("Any", note))
 
 
 _CHECKS: dict[Any, _Check] = {

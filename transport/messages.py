@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from legion_shm.transport.handles import BlockHandle
 
@@ -60,9 +60,27 @@ Handles = tuple[BlockHandle, ...]
 Flags = tuple[bool, ...]
 Names = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]
-ValueNote = tuple[str, bytes, Handles, Flags, bytes | None, tuple[int, ...]]
-"""One named value: name, codec tree, the blocks it refers to, which of these are new (of the sender's own
-arena), its identity for caches, and its `TransferStats` as numbers."""
+
+
+class ValueNote(NamedTuple):
+    """One named value: the codec's tree of it, the blocks that this refers to, and which of them are new.
+
+    ``owned``: new, and of the sender's own arena. ``identity`` is for caches, ``stats`` are its
+    `TransferStats` as numbers.
+    """
+
+    name: str
+    tree: bytes
+    blocks: Handles
+    owned: Flags
+    identity: bytes | None
+    stats: tuple[int, ...]
+
+    def handles(self) -> Iterator[tuple[BlockHandle, bool]]:
+        """Each block with whether it is new."""
+        return zip(self.blocks, self.owned, strict=True)
+
+
 Values = tuple[ValueNote, ...]
 NodeRows = tuple[tuple[str, str, str], ...]
 

@@ -56,8 +56,8 @@ class PackedValues:
 
     def handles(self) -> Iterable[tuple[BlockHandle, bool]]:
         """Each block referred to, with whether it is new; one that two values use comes twice."""
-        for _, _, blocks, owned, _, _ in self.values:
-            yield from zip(blocks, owned, strict=True)
+        for note in self.values:
+            yield from note.handles()
 
 
 def pack(
@@ -90,9 +90,10 @@ def pack(
                 if fresh is None or fresh.handles.isdisjoint(encoded.blocks):
                     identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
                     if identity is not None and encoded.uses:
-                        identity = _with_uses(identity, [notes[number][4] for number in encoded.uses])
+                        identity = _with_uses(identity, [notes[number].identity for number in encoded.uses])
                 numbers = _numbers(figures)
-                notes.append((name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers))
+                note = ValueNote(name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers)
+                notes.append(note)
     except BaseException:
         discard(tuple(notes), store)
         raise
@@ -102,8 +103,8 @@ def pack(
 
 def discard(values: Values, store: BlockStore) -> None:
     """Give back the new blocks of values that will not be sent."""
-    for _, _, blocks, owned, _, _ in values:
-        for handle, new in zip(blocks, owned, strict=True):
+    for note in values:
+        for handle, new in note.handles():
             if new:
                 store.discard(handle)
 
@@ -171,11 +172,11 @@ def unpack(
     """
     devices = DevicePolicy(allow_cpu=allow_cpu)
     result: dict[str, object] = {}
-    pending = [handle for _, _, blocks, _, _, _ in values for handle in blocks]
+    pending = [handle for note in values for handle in note.blocks]
     earlier: list[Reader] | None = [] if len(values) > 1 else None
     try:
         with residing(store):
-            for name, tree, blocks, _, _, _ in values:
+            for name, tree, blocks, *_ in values:
                 viewed = _Viewed(store)
                 try:
                     result[name] = decode(

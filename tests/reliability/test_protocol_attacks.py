@@ -21,7 +21,15 @@ from legion_shm.supervisor.stimuli import JobSubmitted, PoolDefined, WorkerExite
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.transport.frames import encode_message
 from legion_shm.transport.handles import BlockHandle
-from legion_shm.transport.messages import JobDone, LogRecord, Message, NodeNotes, SegmentRetired, Stop
+from legion_shm.transport.messages import (
+    JobDone,
+    LogRecord,
+    Message,
+    NodeNotes,
+    SegmentRetired,
+    Stop,
+    ValueNote,
+)
 from tests import needs
 from tests.reliability.support import do, hostile
 
@@ -98,7 +106,7 @@ class Rig:
         self.inbox._read(self.worker, self.worker.job_identity, frame)
 
     def result(self, *blocks: BlockHandle, new: bool = True) -> bytes:
-        note = ("output_1", msgpack.packb([1, 0, 5]), blocks, (new,) * len(blocks), None, (0,) * 6)
+        note = ValueNote("output_1", msgpack.packb([1, 0, 5]), blocks, (new,) * len(blocks), None, (0,) * 6)
         return encode_message(JobDone("j", 1, (note,), (), 0, 0, 0, 0, 0, 0), max_bytes=1 << 30)
 
 

@@ -36,14 +36,14 @@ from legion_shm.supervisor.job import Job
 from legion_shm.supervisor.replies import error_from
 from legion_shm.supervisor.result import Delivery, JobStats, Result, Transfer
 from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle
-from legion_shm.transport.messages import JobCancelledReply, JobFailedReply, Values
+from legion_shm.transport.messages import JobCancelledReply, JobFailedReply, ValueNote, Values
 from legion_shm.transport.values import REPORT
 
 STATS = JobStats("graph", "w1", 1, 2, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 2.8)
 A, B = BlockHandle(7, 1, 0, 100, 1), BlockHandle(7, 1, BLOCK_ALIGN, 100, 2)
 VALUES: Values = (
-    ("output_1", b"tree", (A, B), (True, True), None, (1, 100, 0, 100, 1, 0)),
-    (REPORT, b"tree", (), (), None, (0, 0, 0, 0, 0, 0)),
+    ValueNote("output_1", b"tree", (A, B), (True, True), None, (1, 100, 0, 100, 1, 0)),
+    ValueNote(REPORT, b"tree", (), (), None, (0, 0, 0, 0, 0, 0)),
 )
 
 

@@ -27,6 +27,7 @@ from legion_shm.transport.messages import (
     RunJob,
     SegmentRetired,
     Stop,
+    ValueNote,
     in_batches,
 )
 
@@ -59,8 +60,8 @@ BY_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "NodeRows": many(st.tuples(TEXT, TEXT, TEXT)),
     "tuple[int, ...]": many(NUMBER),
     "Values": many(
-        st.tuples(
-            TEXT, st.binary(max_size=30), many(HANDLE), many(st.booleans()),
+        st.builds(
+            ValueNote, TEXT, st.binary(max_size=30), many(HANDLE), many(st.booleans()),
             st.none() | st.binary(max_size=32), many(NUMBER),
         )
     ),
@@ -73,7 +74,7 @@ def messages_of(kind: type[Message]) -> st.SearchStrategy[Any]:
 
 MESSAGE = st.one_of(*(messages_of(kind) for kind in KINDS))
 H = BlockHandle(7, 1, BLOCK_ALIGN, 100, 3)
-RUN = RunJob("j", 1, b"{}", b"d", (("input_1", b"t", (H,), (True,), None, (1, 2)),), (H,), False)
+RUN = RunJob("j", 1, b"{}", b"d", (ValueNote("input_1", b"t", (H,), (True,), None, (1, 2)),), (H,), False)
 
 
 def encode(message: Message) -> bytes:

@@ -20,7 +20,7 @@ def test_a_tensor_on_two_channels_is_copied_once() -> None:
     store, image = FakeStore(), torch.rand(10, 50)
     packed = pack({"input_1": image, "input_2": [image, image[3:5]], "input_3": torch.rand(500)}, store)
     assert len(store.reserved) == 2
-    assert [new for value in packed.values for new in value[3]] == [True, False, True]
+    assert [new for note in packed.values for new in note.owned] == [True, False, True]
     got: Any = unpack(packed.values, store, give_back=lambda _: None, allow_cpu=False)
     first, (second, part) = got["input_1"], got["input_2"]
     assert torch.equal(first, image)
@@ -31,7 +31,7 @@ def test_a_tensor_on_two_channels_is_copied_once() -> None:
 def test_what_was_copied_for_this_message_has_no_identity_on_either_channel() -> None:
     image = torch.rand(500)
     packed = pack({"a": image, "b": image, "c": 5}, FakeStore())
-    assert [value[4] is None for value in packed.values] == [True, True, False]
+    assert [note.identity is None for note in packed.values] == [True, True, False]
 
 
 def test_a_value_that_can_not_travel_leaves_no_block_of_the_others() -> None:
@@ -113,7 +113,7 @@ def test_an_object_of_a_registered_class_on_two_channels_is_one_object_there() -
 
 def test_an_identity_counts_the_values_whose_objects_it_holds() -> None:
     def identities(first: list[Any], then: Any) -> list[bytes | None]:
-        return [value[4] for value in pack({"a": first, "b": then(first)}, FakeStore()).values]
+        return [note.identity for note in pack({"a": first, "b": then(first)}, FakeStore()).values]
 
     one, same, other = (identities(first, lambda it: [it]) for first in ([1], [1], [2]))
     assert one == same
@@ -127,7 +127,7 @@ def test_an_identity_counts_the_values_whose_objects_it_holds() -> None:
 def test_a_reference_to_no_object_of_an_earlier_value_is_refused(token: list[Any]) -> None:
     store = FakeStore()
     values = pack({"a": ["x"], "b": 5}, store).values
-    forged = (values[1][0], msgpack.packb([1, 0, token]), *values[1][2:])
+    forged = values[1]._replace(tree=msgpack.packb([1, 0, token]))
     with pytest.raises(ProtocolError):
         unpack((values[0], forged), store, give_back=lambda _: None, allow_cpu=False)
 
@@ -135,7 +135,7 @@ def test_a_reference_to_no_object_of_an_earlier_value_is_refused(token: list[Any
 def test_a_container_of_an_earlier_value_can_not_be_a_key() -> None:
     store = FakeStore()
     values = pack({"a": (1, 2), "b": 5}, store).values
-    forged = (values[1][0], msgpack.packb([1, 0, [3, 1], [16, 0, 0], 5]), *values[1][2:])
+    forged = values[1]._replace(tree=msgpack.packb([1, 0, [3, 1], [16, 0, 0], 5]))
     with pytest.raises(ProtocolError, match="inside of a key"):
         unpack((values[0], forged), store, give_back=lambda _: None, allow_cpu=False)
 
@@ -143,7 +143,7 @@ def test_a_container_of_an_earlier_value_can_not_be_a_key() -> None:
 def test_a_value_alone_refers_to_no_other() -> None:
     store = FakeStore()
     (value,) = pack({"a": 5}, store).values
-    forged = (value[0], msgpack.packb([1, 0, [16, 0, 0]]), *value[2:])
+    forged = value._replace(tree=msgpack.packb([1, 0, [16, 0, 0]]))
     with pytest.raises(ProtocolError):
         unpack((forged,), store, give_back=lambda _: None, allow_cpu=False)
 
