@@ -19,14 +19,9 @@ from legion_shm.errors import UnsupportedValue
 from legion_shm.supervisor.comfy_loaders import forget_loaded
 from legion_shm.supervisor.comfy_models_build import PlanReader
 from legion_shm.supervisor.comfy_models_names import Names
-from legion_shm.supervisor.comfy_models_packages import (
-    ModelAdapter,
-    Parcel,
-    Sent,
-    Table,
-    pack_plan,
-    unpack_plan,
-)
+from legion_shm.supervisor.comfy_models_packages import Table
+from legion_shm.supervisor.comfy_models_parcels import Parcel, Sent, pack_plan, unpack_plan
+from legion_shm.supervisor.comfy_models_patchers import ModelAdapter
 from legion_shm.supervisor.comfy_models_plan import PlanWriter
 from legion_shm.supervisor.comfy_models_weights import views
 from legion_shm.transport.codec_registry import ValueType

@@ -5,14 +5,14 @@
 
 Owns the table of packages of this process: those it made, for as long as their object lives, and those it
 received, until they are forgotten or too many. A package whose object has changed since is written again
-under another key. It knows which of ComfyUI's objects are packages, and what a patcher carries beside one.
+under another key. Which of ComfyUI's objects are packages is `comfy_models_patchers`', and their form on the
+wire `comfy_models_parcels`'.
 """
 
 # ComfyUI's and torch's objects have no types here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import sys
 import threading
 import uuid
 import weakref
@@ -21,29 +21,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import msgpack
 import torch
 
 from legion_shm.errors import UnsupportedValue
 from legion_shm.supervisor import comfy_models_recipes as recipes
 from legion_shm.supervisor import comfy_models_special as special
 from legion_shm.supervisor.comfy_models_build import PlanReader
-from legion_shm.supervisor.comfy_models_kinds import Fields, kind_of
 from legion_shm.supervisor.comfy_models_names import Names
-from legion_shm.supervisor.comfy_models_plan import Adapter, PlanWriter
-from legion_shm.supervisor.comfy_models_state import Seen, at_rest_of, standing_in
+from legion_shm.supervisor.comfy_models_parcels import Parcel, Sent, pack_plan, resident, unpack_plan
+from legion_shm.supervisor.comfy_models_patchers import ModelAdapter, rebuild_patcher
+from legion_shm.supervisor.comfy_models_plan import PlanWriter
+from legion_shm.supervisor.comfy_models_state import Seen, at_rest_of
 from legion_shm.supervisor.comfy_models_weights import Placed, Weights, views
 from legion_shm.transport.residence import Residence, weights_go, weights_way
 
-__all__ = ["Parcel", "Sent", "Table", "pack_plan", "unpack_plan"]
-
-_PACKAGE_MIN_BYTES = 1 << 20
-"""Torch modules below this are written out where they are met, unless they are the model of a patcher."""
+__all__ = ["Table"]
 
 _RECEIVED_MAX = 32
-
-Parcel = tuple[str, torch.Tensor, list[torch.Tensor]]
-"""A package on the wire: its key, its plan, and the memory that its weights lie in."""
 
 
 @dataclass
@@ -57,13 +51,6 @@ class _Package:
     residence: weakref.ref[Any] | None
     patcher: weakref.ref[Any] | None = None
     kept: list[Any] = field(default_factory=list[Any])  # of a received one: the object, its first patcher
-
-
-@dataclass
-class Sent:
-    """What one walk came upon: parcels in the order in which they can be built."""
-
-    parcels: dict[str, Parcel] = field(default_factory=dict[str, Parcel])
 
 
 class Table:
@@ -162,7 +149,7 @@ class Table:
             package = _Package(
                 key=uuid.uuid4().hex,
                 target=weakref.ref(target),
-                plan=_resident(pack_plan(plan, Placed([], [], 0)), residence),
+                plan=resident(pack_plan(plan, Placed([], [], 0)), residence),
                 blobs=[],
                 needs=(),
                 seen=Seen(target, (), {}),
@@ -183,7 +170,7 @@ class Table:
         package = _Package(
             key=uuid.uuid4().hex,
             target=weakref.ref(target),
-            plan=_resident(pack_plan(plan, placed), residence),
+            plan=resident(pack_plan(plan, placed), residence),
             blobs=placed.blobs,
             needs=tuple(writer.packages),
             seen=Seen(target, writer.tensors, at_rest),
@@ -300,29 +287,20 @@ class Table:
 
     # --- patchers -------------------------------------------------------------------------------------------
 
-    def reduce_patcher(self, patcher: Any) -> object:
-        """A ModelPatcher: its class if not ComfyUI's own, its model, its devices, all that it carries."""
-        kind = kind_of(patcher)
-        text = bool(getattr(patcher, "is_clip", False))
-        package = self._by_object.get(id(patcher.model))
-        if package is not None and package.patcher is None:
+    def patcher_of(self, model: Any) -> Any | None:
+        package = self._by_object.get(id(model))
+        return None if package is None or package.patcher is None else package.patcher()
+
+    def note_patcher(self, model: Any, patcher: Any, *, made: bool = False) -> None:
+        package = self._by_object.get(id(model))
+        if package is not None and (made or package.patcher is None):
             package.patcher = weakref.ref(patcher)
-        return Fields(
-            {
-                "__class__": None if kind in _core_patchers() else kind,
-                "model": patcher.model,
-                "load_device": special.role_of(patcher.load_device, "text" if text else "load"),
-                "offload_device": special.role_of(
-                    patcher.offload_device, "text_offload" if text else "offload"
-                ),
-                "size": patcher.model_size(),
-                **special.patcher_attributes(patcher),
-            }
-        )
+            if made and package.kept:
+                package.kept.append(patcher)
 
     def rebuild(self, name: str, state: Any) -> object:
         if name == "patcher":
-            return self._rebuild_patcher(state)
+            return rebuild_patcher(self, state)
         if name == "member":
             root, path = cast("tuple[Any, str]", state)
             return root.get_submodule(path)
@@ -333,45 +311,6 @@ class Table:
             return module
         return special.restored(name, state)
 
-    def _rebuild_patcher(self, state: Any) -> object:
-        attributes: dict[str, Any] = dict(state)
-        kind, model, load, offload, size = (
-            attributes.pop(name) for name in ("__class__", "model", "load_device", "offload_device", "size")
-        )
-        base = self._base_patcher(model, load, offload, size)
-        patcher = base.clone()
-        patcher.load_device = special.device_by_role(load)
-        patcher.offload_device = special.device_by_role(offload)
-        if kind is not None:
-            if not issubclass(kind, sys.modules["comfy.model_patcher"].ModelPatcher):
-                raise ValueError(f"{kind.__name__} is no ModelPatcher")
-            patcher.__class__ = kind
-        own: dict[str, Any] = vars(patcher)
-        own.update(attributes)
-        return patcher
-
-    def _base_patcher(self, model: Any, load: str, offload: str, size: int) -> Any:
-        """The patcher that all of one model descend from: they share what is patched into it just now."""
-        package = self._by_object.get(id(model))
-        known = None if package is None or package.patcher is None else package.patcher()
-        if known is not None and known.model is model:
-            return _bare(known)
-        management: Any = sys.modules["comfy.model_patcher"]
-        make = getattr(management, "CoreModelPatcher", management.ModelPatcher)
-        special.blank_module(model)
-        base = make(
-            model,
-            load_device=special.device_by_role(load),
-            offload_device=special.device_by_role(offload),
-            size=size,
-        )
-        model.device = base.offload_device
-        if package is not None:
-            package.patcher = weakref.ref(base)
-            if package.kept:
-                package.kept.append(base)
-        return base
-
 
 def _has_one_of(target: Any, wanted: set[int]) -> bool:
     if id(target) in wanted:
@@ -380,108 +319,5 @@ def _has_one_of(target: Any, wanted: set[int]) -> bool:
     return any(id(module) in wanted for module in modules)
 
 
-def _bare(patcher: Any) -> Any:
-    """A clone without anything that the patcher carries, so that what arrives is all that its own has."""
-    clone = patcher.clone()
-    fresh = type(patcher)(patcher.model, patcher.load_device, patcher.offload_device, patcher.size)
-    for name, item in special.patcher_attributes(fresh).items():
-        setattr(clone, name, item)
-    return clone
-
-
-def _core_patchers() -> tuple[type, ...]:
-    management: Any = sys.modules["comfy.model_patcher"]
-    names = ("ModelPatcher", "ModelPatcherDynamic", "CoreModelPatcher")
-    return tuple(getattr(management, name) for name in names if hasattr(management, name))
-
-
-class ModelAdapter(Adapter):
-    """What the writer is told about ComfyUI's objects."""
-
-    def __init__(
-        self,
-        table: Table,
-        residence: Residence | None,
-        sent: Sent,
-        at_rest: Mapping[tuple[int, str], object] | None = None,
-        *,
-        inside: bool = False,
-    ) -> None:
-        """``inside``: of a torch module that is a package, whose own modules are part of it."""
-        self._table, self._residence, self._sent = table, residence, sent
-        self._at_rest = at_rest or {}
-        self._inside = inside
-        self._models: dict[int, list[Any]] = {}
-        self._members: dict[int, tuple[Any, str]] = {}
-
-    def package(self, value: Any) -> str | None:
-        if isinstance(value, torch.nn.Module):
-            if self._inside or id(value) in self._members:
-                return None
-            patchers = self._models.get(id(value))
-            if patchers is None and _weight_bytes(value) < _PACKAGE_MIN_BYTES:
-                return None
-            key = self._table.parcel(value, self._residence, self._sent, patchers or ())
-            with at_rest_of(value, patchers or ()) as at_rest:
-                passing = standing_in(value, at_rest)
-            modules: dict[str, Any] = dict(value.named_modules())
-            for path, module in modules.items():
-                if id(module) not in passing:
-                    self._members.setdefault(id(module), (value, path))
-            return key
-        if hasattr(kind_of(value), "tokenize_with_weights"):
-            return self._table.parcel(value, self._residence, self._sent, ())
-        return None
-
-    def special(self, value: Any) -> tuple[str, object] | None:
-        management: Any = sys.modules["comfy.model_patcher"]
-        if isinstance(value, management.ModelPatcher):
-            self._models.setdefault(id(value.model), []).append(value)
-            return "patcher", self._table.reduce_patcher(value)
-        if isinstance(value, torch.nn.Module):
-            member = self._members.get(id(value))
-            if member is not None and member[0] is not value:
-                return "member", member
-        return special.reduced(value)
-
-    def attributes(self, value: Any, attributes: Mapping[str, object]) -> Mapping[str, object]:
-        kept = special.lasting_attributes(attributes)
-        if self._at_rest:
-            known = id(value)
-            changed = {name: self._at_rest[known, name] for name in kept if (known, name) in self._at_rest}
-            if changed:
-                return {**kept, **changed}
-        return kept
-
-    def parameter(self, module: Any, name: str, value: Any) -> Any:
-        return self._at_rest.get((id(module), name), value) if self._at_rest else value
-
-
-def _weight_bytes(module: Any) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
-
-
 def _lives_in(package: _Package, residence: Residence | None) -> bool:
     return (None if package.residence is None else package.residence()) is residence
-
-
-def pack_plan(plan: bytes, placed: Placed) -> bytes:
-    payload: bytes = msgpack.packb([plan, placed.table])
-    return payload
-
-
-def unpack_plan(payload: bytes) -> tuple[bytes, list[list[Any]]]:
-    try:
-        plan, table = msgpack.unpackb(payload)
-    except Exception as error:
-        raise ValueError(f"not a package: {error}") from error
-    return plan, table
-
-
-def _resident(payload: bytes, residence: Residence | None) -> torch.Tensor:
-    with torch.inference_mode(mode=False):
-        if residence is None:
-            return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        blob = torch.frombuffer(residence.resident_buffer(len(payload)), dtype=torch.uint8)
-        blob.numpy()[:] = memoryview(payload)
-        return blob

@@ -37,6 +37,8 @@ TORCH_IMPORTERS = {
     "supervisor/comfy_models_build.py",
     "supervisor/comfy_models_kinds.py",
     "supervisor/comfy_models_packages.py",
+    "supervisor/comfy_models_parcels.py",
+    "supervisor/comfy_models_patchers.py",
     "supervisor/comfy_models_plan.py",
     "supervisor/comfy_models_recipes.py",
     "supervisor/comfy_models_special.py",
