@@ -68,7 +68,10 @@ def name_of_end(exit_code: int | None) -> str | None:
 def describe_exit(exit_code: int | None) -> str:
     """How a process ended, in words that follow 'worker w1'."""
     if exit_code is None:
-        return "was killed or exited, status unknown (its zygote had died)"
+        return (
+            "was killed or exited, status unknown (its zygote had died, or something else in this program "
+            "took it: SIGCHLD ignored, waitpid for any child)"
+        )
     name = name_of_end(exit_code)
     if name is None:
         return f"exited with code {exit_code}"

@@ -128,7 +128,12 @@ class Supervisor:
         sweep_stale(base)
         with contextlib.ExitStack() as on_failure:
             directory = on_failure.enter_context(RuntimeDir.create(base))
-            server = ServerChannel(channel, directory=directory.path, max_bytes=settings.max_message_bytes)
+            server = ServerChannel(
+                channel,
+                directory=directory.path,
+                max_bytes=settings.max_message_bytes,
+                current_directory=directory.current,
+            )
             on_failure.callback(server.close)
             loop = Loop(settings, server, directory, segments=segments)
             on_failure.callback(loop.abandon)

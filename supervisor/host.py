@@ -78,6 +78,8 @@ def main(config: HostConfig) -> None:
     without_preload(os.environ, config.preloaded)
     faulthandler.enable(sys.__stderr__ or 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever the program does: nodes have children too
     extend_path(config.python_path, config.parent_path)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(

@@ -16,7 +16,7 @@ from typing import cast
 
 from legion_shm import faults
 from legion_shm.config import SupervisorSettings, WorkerSpec
-from legion_shm.errors import StartupError
+from legion_shm.errors import LegionError, StartupError
 from legion_shm.supervisor.spawn import HostConfig, current_dir, preload_for, spawn_worker
 from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.worker_io import WorkerIO
@@ -91,9 +91,14 @@ class Processes:
         """
         settings = self._settings
         worker = WorkerIO(worker_id, spec, settings.log_tail_lines)
-        worker.endpoint = endpoint = self._channel.admit(worker.identities)
         worker.engine = spec.engine
         self._workers[worker.id] = worker
+        try:
+            worker.endpoint = endpoint = self._channel.admit(worker.identities)
+        except (LegionError, OSError) as error:
+            text = f"worker {worker.id} could not be started: {error}"
+            self._post(partial(failed, worker, StartupError(text, worker_id=worker.id)))
+            return
         for identity in worker.identities:
             self._by_identity[identity] = worker
         same_python = spec.python_executable in (None, sys.executable)

@@ -116,6 +116,8 @@ class _LegionPopen(SpawnPopen):
 
     def __init__(self, process: LaunchedProcess) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._waiting = threading.Lock()
+        self.status_lost = False
         super().__init__(process)
 
     def _launch(self, process_obj: Any) -> None:
@@ -163,8 +165,19 @@ class _LegionPopen(SpawnPopen):
         self.finalizer = None
 
     def poll(self, flag: int = _WNOHANG) -> int | None:
-        if self.returncode is None and self._process is not None:
-            self.returncode = self._process.poll() if flag == _WNOHANG else self._process.wait()
+        """As multiprocessing's; 0 too where the program lets others hear of our child's end (SIGCHLD)."""
+        process = self._process
+        if process is None or not self._waiting.acquire(blocking=flag != _WNOHANG):
+            return self.returncode
+        try:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, flag)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid == self.pid else None
+        except ChildProcessError:
+            self.returncode, self.status_lost = 0, True
+        finally:
+            process.returncode = self.returncode
+            self._waiting.release()
         return self.returncode
 
     def close(self) -> None:
@@ -222,8 +235,13 @@ class LaunchedProcess(SpawnProcess):
     def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the hook that multiprocessing's contexts override
         return _LegionPopen(process_obj)
 
+    @property
+    def exitcode(self) -> int | None:
+        code = super().exitcode
+        return None if getattr(getattr(self, "_popen", None), "status_lost", False) else code
+
     def ended(self) -> bool:
-        return self.exitcode is not None
+        return super().exitcode is not None
 
 
 class WorkerProcess(LaunchedProcess):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -85,8 +85,18 @@ class _KnownKeys:
 class ServerChannel:
     """The supervisor's end. ``dropped`` counts frames of unknown identities and ill-formed ones."""
 
-    def __init__(self, kind: ChannelKind, *, directory: Path, max_bytes: int) -> None:
+    def __init__(
+        self,
+        kind: ChannelKind,
+        *,
+        directory: Path,
+        max_bytes: int,
+        current_directory: Callable[[], Path] | None = None,
+    ) -> None:
+        """``current_directory()`` is asked for each worker: another one where the first was removed."""
         self.kind = kind
+        self._current_directory = current_directory or (lambda: directory)
+        self._files, self._address = 0, ""
         self.dropped = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth: Authenticator | None = None
@@ -109,11 +119,8 @@ class ServerChannel:
             if kind == "ipc":
                 with contextlib.suppress(zmq.ZMQError):  # built without it: the directory's mode is the lock
                     self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-                path = directory / "control"
-                self._address = f"ipc://{path}"
                 self._server_key = b""
-                self._socket.bind(self._address)
-                self._file = path
+                self._bind(directory)
             else:
                 self._server_key = self._start_curve()
                 port = self._socket.bind_to_random_port("tcp://127.0.0.1")
@@ -125,6 +132,23 @@ class ServerChannel:
             self.close()
             raise
         self._poller.register(self._socket, zmq.POLLIN)
+
+    def _bind(self, directory: Path) -> None:
+        self._files += 1
+        path = directory / ("control" if self._files == 1 else f"control{self._files}")
+        address = f"ipc://{path}"
+        self._socket.bind(address)
+        self._address, self._file = address, path
+
+    def _bind_where_it_is_gone(self) -> None:
+        """Those that are connected stay so; others could not reach a socket whose file was removed."""
+        directory = self._current_directory()
+        if self._file is not None and self._file.parent == directory and self._file.exists():
+            return
+        try:
+            self._bind(directory)
+        except zmq.ZMQError as error:
+            raise StartupError(f"the supervisor's socket could not be made again: {error}") from error
 
     def _start_curve(self) -> bytes:
         self._auth = Authenticator(self._context)
@@ -144,10 +168,15 @@ class ServerChannel:
         return self._address
 
     def admit(self, identities: Iterable[bytes]) -> Endpoint:
-        """Let a worker's sockets of these identities connect; the endpoint is for that worker alone."""
-        self._identities.update(identities)
+        """Let a worker's sockets of these identities connect; the endpoint is for that worker alone.
+
+        Raises ConfigError, OSError or StartupError where the socket's file is gone and can't be made again.
+        """
         if self.kind == "ipc":
+            self._bind_where_it_is_gone()
+            self._identities.update(identities)
             return Endpoint(self._address)
+        self._identities.update(identities)
         public, secret = zmq.curve_keypair()
         self._known.keys.add(public)
         return Endpoint(self._address, self._server_key, public, secret)

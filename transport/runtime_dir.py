@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -36,6 +37,8 @@ __all__ = ["SOCKET_PATH_MAX_BYTES", "RuntimeDir", "base_mark", "default_base", "
 
 SOCKET_PATH_MAX_BYTES = 100
 """`sun_path` holds 108 bytes on Linux and 104 on macOS, with the final zero; ZeroMQ adds nothing."""
+
+_log = logging.getLogger("legion_shm.transport")
 
 _NAME_BYTES = 8
 _SOCKET_NAME_BYTES = 16
@@ -58,6 +61,7 @@ class RuntimeDir:
         self._lock_path = lock_path
         self._lock_fd = lock_fd
         self._sweeper = sweeper
+        self._base: Path | None = path.parent
         self._pid = os.getpid()
         _open_dirs.add(self)
 
@@ -71,7 +75,7 @@ class RuntimeDir:
         `base_mark` and random letters. ``sweeper``: whether a process of its own waits for our end.
         Raises `ConfigError`, saying what to do, where the base is not safe or its path too long.
         """
-        base = default_base() if base is None else base
+        given, base = base, default_base() if base is None else base
         token = f"{base_mark(base)}{secrets.token_hex(4)}" if token is None else token
         if not _TOKEN.fullmatch(token):
             raise ConfigError(f"token {token!r}: expected up to 12 of a-z and 0-9", key="token")
@@ -90,7 +94,9 @@ class RuntimeDir:
             if watcher is not None:
                 watcher.close()
             raise
-        return cls(path, f"legion-{token}-", path.with_suffix(".lock"), lock_fd, watcher)
+        made = cls(path, f"legion-{token}-", path.with_suffix(".lock"), lock_fd, watcher)
+        made._base = given
+        return made
 
     def watch(self) -> None:
         """Have another sweeper where somebody has ended it."""
@@ -99,6 +105,24 @@ class RuntimeDir:
         if self._sweeper.pid is not None:
             self._sweeper.close()
             self._sweeper = Sweeper(self.path)
+
+    def current(self) -> Path:
+        """The directory's path; of another one, made now, where it or its lock file is gone.
+
+        A folder of temporary files is cleaned, a user's runtime directory goes when he logs out. Raises as
+        `create` does.
+        """
+        if self._lock_fd < 0 or (is_same_file(self._lock_path, self._lock_fd) and self.path.is_dir()):
+            return self.path
+        token = self.segment_prefix.split("-")[1]
+        other = RuntimeDir.create(self._base, token, sweeper=self._sweeper is not None)
+        _log.warning("the runtime directory %s was removed; from now on it is %s", self.path, other.path)
+        left, lock_path, lock_fd, sweeper = self.path, self._lock_path, self._lock_fd, self._sweeper
+        self.path, self._lock_path, self._lock_fd = other.path, other._lock_path, other._lock_fd
+        self._sweeper, other._lock_fd = other._sweeper, -1
+        _open_dirs.discard(other)
+        _remove(left, lock_path, lock_fd, sweeper)
+        return self.path
 
     def socket_path(self, name: str) -> Path:
         """The path of a socket in this directory; `ConfigError` where no socket can have it."""
@@ -116,10 +140,7 @@ class RuntimeDir:
             return
         fd, self._lock_fd = self._lock_fd, -1
         _open_dirs.discard(self)
-        shutil.rmtree(self.path, ignore_errors=True)
-        remove_lock(self._lock_path, fd)
-        if self._sweeper is not None:
-            self._sweeper.close()
+        _remove(self.path, self._lock_path, fd, self._sweeper)
 
     def forget_lock(self) -> None:
         """In a forked child: let go of the inherited lock file, which else would outlive the supervisor."""
@@ -132,6 +153,13 @@ class RuntimeDir:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _remove(path: Path, lock_path: Path, lock_fd: int, sweeper: Sweeper | None) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    remove_lock(lock_path, lock_fd)
+    if sweeper is not None:
+        sweeper.close()
 
 
 def _make(path: Path, prefix: str, sweeper: Sweeper | None) -> tuple[Path, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -187,7 +188,6 @@ def test_a_signal_goes_to_the_group_and_is_kept_for_a_worker_that_is_not_there_y
     [
         (0, "exited with code 0"),
         (3, "exited with code 3"),
-        (None, "was killed or exited, status unknown (its zygote had died)"),
         (-11, "was killed by SIGSEGV"),
         (-15, "was killed by SIGTERM"),
         (-250, "was killed by signal 250"),
@@ -196,6 +196,10 @@ def test_a_signal_goes_to_the_group_and_is_kept_for_a_worker_that_is_not_there_y
 )
 def test_an_end_is_told_in_words(code: Any, text: str) -> None:
     assert describe_exit(code) == text
+
+
+def test_an_end_that_nobody_can_tell_is_said_to_be_unknown_with_the_causes() -> None:
+    assert re.search("status unknown.*zygote had died.*SIGCHLD", describe_exit(None))
 
 
 def test_what_a_worker_began_is_known_after_its_end() -> None:
