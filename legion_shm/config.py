@@ -338,8 +338,9 @@ class JobKeywords(TypedDict, total=False):
 class JobOptions(_Settings):
     """The keyword options of ``Supervisor.submit``.
 
-    ``deadline_s`` seconds after submission the job is ended with DeadlineExceeded. ``retries`` is how
-    often it may be run again after its worker was lost. ``allow_cpu`` lets a tensor of a device that
+    ``deadline_s`` seconds after submission the job is ended with DeadlineExceeded, as `Job.cancel` ends one:
+    a node that does not stop has ``cancel_grace_s`` more. ``retries`` is how often it may be run again after
+    its worker was lost. ``allow_cpu`` lets a tensor of a device that
     the worker does not have arrive in the worker's main memory. ``targets`` are ids of output nodes: only
     these are run, and what they are made of; None: all output nodes. ``extra_data`` is ComfyUI's
     ``extra_data``, from which hidden inputs are filled (``extra_pnginfo``, API keys) and ``preview_method``
