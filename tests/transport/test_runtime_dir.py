@@ -280,20 +280,39 @@ def test_a_sweeper_follows_no_link_out_of_its_directory(base: Path) -> None:
 
 
 @needs.posix
-@pytest.mark.parametrize(
-    ("executable", "frozen"), [("/opt/renderer/bin/renderer", False), ("", False), (sys.executable, True)]
-)
+def test_a_sweeper_removes_nothing_outside_of_its_base(base: Path) -> None:
+    other = base.with_name("other")
+    stale = RuntimeDir.create(other, sweeper=False)
+    stale.forget_lock()
+    base.mkdir(mode=0o700)
+    subprocess.run(
+        [sys.executable, "-I", sweep.__file__, str(base)],
+        input=f"../other/{stale.path.name}\n{stale.path}\n".encode(),
+        check=True,
+        timeout=20,
+    )
+    assert stale.path.is_dir()
+    assert sweep_stale(other) == [stale.path]
+
+
+@needs.posix
+@pytest.mark.parametrize("what", ["another program", "a frozen program", "nothing"])
 def test_a_program_that_is_no_plain_python_is_not_executed_again(
-    base: Path, monkeypatch: pytest.MonkeyPatch, executable: str, frozen: bool
+    base: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(sys, "executable", executable)
-    monkeypatch.setattr(sys, "frozen", frozen, raising=False)
+    ran = base.with_name("ran")
+    program = base.with_name("python" if what == "a frozen program" else "renderer")
+    program.write_text(f"#!/bin/sh\n: > {ran}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", "" if what == "nothing" else str(program))
+    monkeypatch.setattr(sys, "frozen", what == "a frozen program", raising=False)
     with RuntimeDir.create(base) as made:
         assert made._sweeper is not None
         assert made._sweeper.pid is None
         made.watch()
         assert psutil.Process().children() == []
     assert os.listdir(base) == []
+    assert not ran.exists()
 
 
 @needs.posix
