@@ -88,9 +88,7 @@ def serve(config: ZygoteConfig) -> HostConfig | None:
     without_preload(os.environ, config.preloaded)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # ignored in the program, it would be here: no fork's status
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by the program, it would be so here
     for stream in (sys.stdout, sys.stderr):
         cast("io.TextIOWrapper", stream).reconfigure(line_buffering=True, errors="backslashreplace")
     os.close(config.begun_fd)  # every spawned process gets one; a zygote begins no job

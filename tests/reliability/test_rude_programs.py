@@ -204,7 +204,8 @@ with Supervisor(restart_backoff_s=0.01) as legion:
     for name in ("one", "two"):
         job = do(legion, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", name=name)
         print(type(job.exception(timeout=60)).__name__, job.exception())
-        print(do(legion, "out = 1", name=name).result(timeout=60)["output_1"])
+        failing = "import subprocess; out = subprocess.run(['false']).returncode"
+        print(do(legion, failing, name=name).result(timeout=60)["output_1"])
 """
 
 
@@ -221,8 +222,9 @@ def test_a_program_in_which_others_hear_of_our_childrens_ends_sees_them_all_the_
     children: str, zygote: str
 ) -> None:
     done = run_script("-c", SIGCHLD, children, cwd=Path.cwd(), env={"LEGION_ZYGOTE": zygote})
+    assert not done.returncode, done.stderr
     first, one, second, two = done.stdout.splitlines()
-    assert (one, two) == ("1", "1"), done.stderr
+    assert (one, two) == ("1", "1"), "a node hears how its own children end"
     for said in (first, second):
         assert said.startswith("WorkerLost")
         assert "exited with code" not in said, "it was killed"
