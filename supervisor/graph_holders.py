@@ -1,8 +1,8 @@
 """Whether somebody else holds a tensor: a node's attribute, a view, an array, a storage, C++.
 
 Owns the count of references, as Python and torch keep it: of the tensor, of the one that it is a view of, of
-their storage. What numbers to expect is not written down, since they depend on both versions: they are counted
-on tensors that certainly nobody else holds. Where counting proves nothing, the answer is that somebody may.
+their storage. What numbers to expect depends on both versions and is not written down: they are counted on
+tensors that certainly nobody else holds. Where counting proves nothing, the answer is that somebody may.
 """
 
 from __future__ import annotations

@@ -105,14 +105,14 @@ def extend_path(first: Sequence[str], last: Sequence[str]) -> None:
     sys.path.extend(path for path in last if path not in sys.path)
 
 
-def _make_engine(config: HostConfig) -> Engine:
+def _make_engine(config: HostConfig, memory: WorkerMemory) -> Engine:
     if config.engine == "comfy":
         from legion_shm.supervisor.comfy import ComfyEngine
 
         return ComfyEngine(comfyui_path=config.comfyui_path, extra_args=config.extra_args)
     from legion_shm.supervisor.graph import GraphEngine
 
-    return GraphEngine(node_modules=config.node_modules)
+    return GraphEngine(node_modules=config.node_modules, views=memory.private_view)
 
 
 def _load_codecs(config: HostConfig) -> None:
@@ -202,7 +202,7 @@ class _Host:
         self._log_handler = LogHandler(self.log)
         logging.getLogger().addHandler(self._log_handler)
         try:
-            engine = _make_engine(config)
+            engine = _make_engine(config, self._memory)
             self._engine = engine
             info = engine.start()
             _load_codecs(config)

@@ -93,6 +93,15 @@ class BornBlocks:
         self._unsent.add(block.start)
         return handle, address - block.start, True
 
+    def locate(self, address: int, nbytes: int) -> tuple[int, int] | None:
+        """The segment and the offset of memory that was born here, if a view of them shows what is in it."""
+        block = self._shim.find(address) if self._segments else None
+        if block is None or address + nbytes > block.start + block.nbytes:
+            return None
+        if block.isolated and may_be_written(block.start, block.nbytes):
+            return None
+        return block.segment, block.offset + address - block.start
+
     def seal(self) -> None:
         """Before the message goes: what the worker still has of the new blocks becomes its own.
 

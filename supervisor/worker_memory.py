@@ -21,6 +21,7 @@ from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.remote import RemoteObjects
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_born import BornBlocks
+from legion_shm.supervisor.worker_views import NodeViews
 from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.born import Shim
@@ -101,6 +102,8 @@ class WorkerMemory:
             )
         )
 
+        self._views = NodeViews(self._attachments.locate, self._locate_born)
+
     # --- the BlockStore that the codec sees ---------------------------------------------------------
 
     def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
@@ -139,6 +142,15 @@ class WorkerMemory:
 
     def view(self, handle: BlockHandle) -> Any:
         return self._attachments.view(handle)
+
+    def private_view(self, address: int, nbytes: int, keep: object) -> Any:
+        """`PrivateViews` of tensors that were received or born here."""
+        return self._views.take(address, nbytes, keep)
+
+    def _locate_born(self, address: int, nbytes: int) -> tuple[Segment, int] | None:
+        found = None if self._born is None else self._born.locate(address, nbytes)
+        segment = None if found is None else self._own.get(found[0])
+        return None if found is None or segment is None else (segment, found[1])
 
     # --- values -------------------------------------------------------------------------------------
 
@@ -203,6 +215,7 @@ class WorkerMemory:
 
     def make_room(self) -> None:
         """Between jobs: looks through what has ended; makes more room for tensors to be born in."""
+        self._views.tidy()
         self._returned.extend(self._attachments.drain_released())
         if self._born is not None and self._born.make_room():
             self._share_quota()
@@ -389,6 +402,7 @@ class WorkerMemory:
         self._retire_born()
 
     def _retire_born(self) -> None:
+        self._views.tidy()
         for segment_id in () if self._born is None else self._born.retire():
             self._shrunk(segment_id)
         self._share_quota()

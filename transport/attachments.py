@@ -29,7 +29,7 @@ from legion_shm.errors import ForkedError, InvalidHandle
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.segment import BlockMapping, Segment
 
-__all__ = ["Attachments"]
+__all__ = ["Attachments", "array_over"]
 
 _QUICK_BYTES = 1 << 20
 
@@ -152,6 +152,16 @@ class Attachments:
         start = address - view.address
         return (view.handle, start) if view.clean(start, nbytes) else None
 
+    def locate(self, address: int, nbytes: int) -> tuple[Segment, int] | None:
+        """The segment that a delivered range lies in, and where. It may have been written meanwhile."""
+        with self._lock:
+            index = bisect_right(self._addresses, address) - 1
+            view = self._views[self._addresses[index]] if index >= 0 else None
+        if view is None or view.mapping is None or address + nbytes > view.address + view.handle.nbytes:
+            return None
+        segment = self._segments.get((view.handle.arena, view.handle.segment))
+        return None if segment is None else (segment, view.handle.offset + address - view.address)
+
     def drain_released(self, *, quick: bool = False) -> list[BlockHandle]:
         """The deliveries that have ended since the last call, one entry each.
 
@@ -194,7 +204,7 @@ class Attachments:
         return segment
 
     def _track(self, view: _View) -> Any:
-        array = _array_type(view.handle.nbytes).from_address(view.address)
+        array = array_over(view.address, view.handle.nbytes)
         with self._lock:
             if view.address in self._views:
                 raise InvalidHandle(f"{view.handle} is in use at {view.address:#x} already")
@@ -228,6 +238,11 @@ class Attachments:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError(f"process {self._pid} attached this memory; a forked child must attach its own")
+
+
+def array_over(address: int, nbytes: int) -> Any:
+    """A ctypes array over that memory, which it does not keep."""
+    return _array_type(nbytes).from_address(address)
 
 
 @lru_cache(maxsize=256)
