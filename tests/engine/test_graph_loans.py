@@ -107,3 +107,18 @@ def test_who_else_holds_a_tensor_is_counted_alike_however_it_was_made() -> None:
             assert alone([slot]) == set()
             del holder
             assert alone([slot]) == {slot}
+
+
+def test_a_write_into_the_very_last_byte_is_seen_and_a_return_without_one_gives_the_original() -> None:
+    for offset, length in ((0, 13), (8, 21), (3, 16), (0, 3)):
+        whole = torch.zeros(64, dtype=torch.uint8)
+        original = whole[offset : offset + length]
+        for write in (False, True):
+            loan = Loan({"value": [original]})
+            given = loan.values["value"][0]
+            if write:
+                given.numpy()[-1] = 1
+            kept = loan.settle([given])[0]
+            assert (kept is original) == (not write)
+            assert int(kept.sum()) == int(write)
+        assert not whole.any()
