@@ -55,7 +55,7 @@ def run(
 ) -> Any:
     """The first output of one node."""
     job = legion.submit(flow(class_type, **options), inputs=[value], spec=on or spec())
-    return job.result(timeout=60)["output_1"]
+    return job.result(timeout=100)["output_1"]
 
 
 def wait_for(condition: Callable[[], object], what: str, within_s: float = 60.0) -> None:
