@@ -53,7 +53,7 @@ def test_every_way_carries_a_tensor_there_and_back_and_finds_a_spoiled_answer() 
     some = [peer.name for peer in choose_peers(NOT_EVERYWHERE) if not peer.missing()]
     assert needs.WINDOWS or "shared-memory" in some
     ours = [peer.name for peer in choose_peers(["ours"]) if not peer.missing()]
-    assert len(ours) >= 6
+    assert len(ours) >= (5 if needs.WINDOWS else 6), "without descriptors legion-transport is not there"
     carry([*LOCAL, *some, *ours])
 
 
@@ -73,7 +73,8 @@ def test_every_way_for_tensors_of_a_gpu_does_so_there() -> None:
 def test_ways_for_a_gpu_say_why_they_are_not_measured_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "gpu_reason", lambda: "no CUDA device")
     assert {peer.missing() for peer in all_peers() if peer.device == "cuda"} == {"no CUDA device"}
-    assert all(not peer.missing() for peer in choose_peers(["ours"]) if peer.device == "cpu")
+    lacking = {peer.name for peer in choose_peers(["ours"]) if peer.device == "cpu" and peer.missing()}
+    assert lacking == ({"legion-transport"} if needs.WINDOWS else set())
 
 
 @pytest.mark.parametrize("how", ["touch", "read", "none"])

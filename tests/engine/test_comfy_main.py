@@ -104,7 +104,7 @@ def test_a_program_without_the_look_for_torch_is_not_divided(root: Path) -> None
 
 def test_comfyui_manager_is_known_by_its_name_and_its_file(tmp_path: Path) -> None:
     for name, core in (("ComfyUI-Manager", True), ("comfyui-manager-3.39", True), ("comfyui-manager", False)):
-        folder = tmp_path / name
+        folder = tmp_path / str(core) / name  # apart: their names may be one to a system
         (folder / "glob").mkdir(parents=True)
         if core:
             (folder / "glob" / "manager_core.py").touch()
@@ -141,7 +141,7 @@ def test_a_change_of_what_the_first_part_read_is_seen(root: Path) -> None:
     assert program.changed() == "", "a pack without a script is loaded by each worker anyway"
     script = root / "custom_nodes" / "early" / "prestartup_script.py"
     script.touch()
-    assert "early/prestartup_script.py has changed" in program.changed()
+    assert f"{Path('early', script.name)} has changed" in program.changed()
     script.unlink()
     assert program.changed() == ""
     os.utime(root / "main.py", ns=(1, 1))

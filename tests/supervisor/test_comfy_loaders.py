@@ -13,6 +13,7 @@ import torch
 
 from legion_shm.supervisor import comfy_loaders
 from legion_shm.supervisor.comfy_loaders import call_loader, loaded_by, watch_loaders
+from tests import needs
 
 _KEY = "comfy.sd.load_diffusion_model"
 
@@ -108,6 +109,7 @@ def test_a_path_that_leads_out_of_the_model_folders_is_refused(models: Path, tmp
         call_loader(*recipe(made.model))
 
 
+@needs.symlinks
 def test_a_link_in_a_model_folder_is_as_good_as_a_file(models: Path, tmp_path: Path) -> None:
     (tmp_path / "e.safetensors").write_bytes(b"1234")
     (models / "e.safetensors").symlink_to(tmp_path / "e.safetensors")

@@ -137,7 +137,7 @@ def script_env(**more: str) -> dict[str, str]:
 
 
 def run_script(
-    *arguments: str, cwd: Path, stdin: str = "", env: Mapping[str, str] | None = None, within_s: float = 60.0
+    *arguments: str, cwd: Path, stdin: str = "", env: Mapping[str, str] | None = None, within_s: float = 100.0
 ) -> subprocess.CompletedProcess[str]:
     """A Python program of its own, to its end."""
     return subprocess.run(
