@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from legion_shm.supervisor.graph_arrays import is_array
+
 __all__ = ["Slot", "Slots", "is_plain"]
 
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
@@ -58,7 +60,7 @@ class Slots:
         return self._other(value)
 
     def _other(self, value: Any) -> Any:
-        if not (type(value) is bytearray or _is_array(value) or _is_picture(value)):
+        if not (type(value) is bytearray or is_array(value) or _is_picture(value)):
             return value
         slot = Slot(value)
         self.others.append(slot)
@@ -76,11 +78,6 @@ def is_plain(tensor: Any) -> bool:
         and not tensor.is_meta
         and not vars(tensor)
     )
-
-
-def _is_array(value: object) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def _is_picture(value: object) -> bool:

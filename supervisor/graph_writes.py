@@ -20,6 +20,7 @@ import copy
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, cast
 
+from legion_shm.supervisor.graph_arrays import duplicate_array, is_array, same_array
 from legion_shm.supervisor.graph_holders import alone, array_alone, storage_key
 from legion_shm.supervisor.graph_slots import Slot, Slots
 from legion_shm.transport.dirty import may_be_written
@@ -169,8 +170,8 @@ def _copied(slots: Collection[Slot], views: PrivateViews | None) -> Iterator[_Le
         groups.setdefault(storage_key(slot.value), []).append(slot)
     for group in groups.values():
         first = group[0].value
-        if len(group) == 1 and _nbytes(first) < VIEW_MIN_BYTES and first.is_contiguous():
-            given = first.clone()
+        small = len(group) == 1 and _nbytes(first) < VIEW_MIN_BYTES and first.is_contiguous()
+        if small and (given := _cloned(first)) is not None:
             low = first.storage_offset() * first.element_size()
             lent = _Lent(first.untyped_storage(), low, given.untyped_storage(), viewed=False)
             lent.give(group[0], given)
@@ -183,6 +184,13 @@ def _copied(slots: Collection[Slot], views: PrivateViews | None) -> Iterator[_Le
                 offset = tensor.storage_offset() - low // tensor.element_size()
                 lent.give(slot, _over(lent.own, tensor.dtype, offset, tensor.size(), tensor.stride()))
             yield lent
+
+
+def _cloned(tensor: Any) -> Any:
+    try:
+        return tensor.clone()
+    except NotImplementedError:  # a dtype that torch can hold and not copy, such as int4
+        return None
 
 
 def _pieces(group: list[Slot]) -> list[tuple[int, int, list[Slot]]]:
@@ -238,7 +246,7 @@ def duplicate(value: Any) -> Any:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        return copy.deepcopy(value)
+        return duplicate_array(value) if is_array(value) else copy.deepcopy(value)
     if value.requires_grad and not value.is_leaf:
         with torch.enable_grad():  # what trains goes on doing so
             return value.clone()
@@ -258,7 +266,7 @@ def _same(one: Any, other: Any) -> bool:
         if type(one) is bytearray:
             return bool(one == other)
         if not isinstance(one, torch.Tensor):
-            return _same_array(one, other)
+            return same_array(one, other)
         if (
             type(one) is not torch.Tensor
             or vars(one)
@@ -302,16 +310,6 @@ def _as_bits(tensor: Any) -> Any:
         tensor = torch.view_as_real(tensor.resolve_conj().resolve_neg())
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.resolve_neg().view(sizes[tensor.element_size()])
-
-
-def _same_array(one: Any, other: Any) -> bool:
-    return (
-        type(one) is type(other)
-        and (one.shape, one.strides) == (other.shape, other.strides)
-        and one.dtype == other.dtype
-        and not one.dtype.hasobject
-        and one.tobytes("A") == other.tobytes("A")
-    )
 
 
 def private_copy(value: Any) -> Any:
