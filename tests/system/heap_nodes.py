@@ -20,7 +20,7 @@ class LeaveFree:
     def run(self, value: Any) -> tuple[int, int]:
         """The process, and what of it is in memory once 80 MB are free between blocks that are not."""
         blocks = [bytearray(b"x" * 50_000) for _ in range(1600)]  # each too small to be mapped alone
-        self.kept += blocks[::100]
+        self.kept.extend(blocks[::100])
         del blocks
         process = psutil.Process()
         return process.pid, process.memory_info().rss
