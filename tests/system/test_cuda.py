@@ -155,10 +155,10 @@ def test_jobs_that_need_no_gpu_open_none_neither_here_nor_in_the_worker(tmp_path
     script = tmp_path / "cpu_only.py"
     script.write_text(
         "import torch\n"
-        "from legion_shm import Supervisor\n"
-        "from tests.system.test_cuda import flow, on_gpu\n"
+        "from legion_shm import Supervisor, WorkerSpec\n"
+        f"spec = WorkerSpec(engine='graph', node_modules=[{str(NODES)!r}])\n"
         "with Supervisor() as legion:\n"
-        "    job = legion.submit(flow('Describe'), inputs=[torch.ones(1 << 18)], spec=on_gpu())\n"
+        f"    job = legion.submit({flow('Describe')!r}, inputs=[torch.ones(1 << 18)], spec=spec)\n"
         "    device, values, opened = job.result(timeout=120)['output_1']\n"
         "print(device, len(values), opened, torch.cuda.is_initialized())\n"
     )
