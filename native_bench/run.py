@@ -62,7 +62,6 @@ class Options:
     rounds: int | None = None
     comfyui: str | None = None
     comfyui_python: str | None = None
-    transfers_only: bool = False
     show: Callable[[str], None] = field(default=_nothing, repr=False)
 
 

@@ -160,7 +160,7 @@ def _layout(tensor: Any) -> tuple[object, ...]:
 def _over(storage: Any, dtype: Any, offset: int, size: Any, stride: Any) -> Any:
     import torch
 
-    return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
 
 
 def _copied(slots: Collection[Slot], views: PrivateViews | None) -> Iterator[_Lent]:
@@ -223,7 +223,7 @@ def _piece(source: Any, low: int, high: int, views: PrivateViews | None) -> _Len
         if array is not None:
             own = torch.frombuffer(array, dtype=torch.uint8).untyped_storage()
             return _Lent(source, low, own, viewed=True)
-    copied = torch.empty(nbytes, dtype=torch.uint8)
+    copied = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     copied.copy_(_over(source, torch.uint8, low, (nbytes,), (1,)))
     return _Lent(source, low, copied.untyped_storage(), viewed=False)
 

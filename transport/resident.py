@@ -28,5 +28,5 @@ def resident_tensor(
         raise TypeError(f"dtype: expected one of torch's, such as torch.float32, got {dtype!r}")
     nbytes = math.prod(sizes) * dtype.itemsize
     if not nbytes:
-        return torch.empty(sizes, dtype=dtype)
+        return torch.empty(sizes, dtype=dtype, device="cpu")
     return torch.frombuffer(buffer_of(nbytes), dtype=dtype).view(sizes)
