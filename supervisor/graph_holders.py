@@ -95,7 +95,10 @@ def _expected(members: int, views: bool) -> tuple[Any, ...]:
         if views:
             slots = [Slot(base[n : n + 1]) for n in range(members)]
         else:
-            slots = [Slot(empty(0, device="cpu").set_(base.untyped_storage(), n, (1,), (1,))) for n in range(members)]
+            slots = [
+                Slot(empty(0, device="cpu").set_(base.untyped_storage(), n, (1,), (1,)))
+                for n in range(members)
+            ]
         del base
     counts = [_count(slot) for slot in slots]
     return counts[-1] if all(count == counts[0] for count in counts) else ()
