@@ -13,6 +13,7 @@ import pytest
 
 from legion_shm.supervisor import freeing
 from legion_shm.supervisor.freeing import FreedMemory, Freeing, IdleHeap
+from tests import needs
 
 
 class Cycle:
@@ -139,6 +140,7 @@ def test_a_heap_stays_while_jobs_follow_each_other(trims: list[str]) -> None:
     assert not trims
 
 
+@needs.linux
 def test_what_is_free_in_a_heap_goes_back_to_the_system() -> None:
     process = psutil.Process()
     blocks = [bytearray(100_000) for _ in range(1000)]  # below the size that is mapped alone

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
 
 from legion_shm import JobStarted, Supervisor, WorkerLost
+from tests import needs
 from tests.system.support import Gate, flow, pid_of, spec, wait_for
 
 
@@ -20,7 +20,7 @@ def test_the_next_job_runs_on_the_spare_of_a_worker_that_was_killed(tmp_path: Pa
         (spare,) = (worker.id for worker in legion.workers() if worker.state == "idle")
         waiting = legion.submit(flow("TestPass"), inputs=[5], spec=on)
         assert not waiting.done(), "one runs at a time"
-        os.kill(next(pid_of(worker) for worker in legion.workers() if worker.state == "busy"), signal.SIGKILL)
+        os.kill(next(pid_of(worker) for worker in legion.workers() if worker.state == "busy"), needs.KILL)
         with pytest.raises(WorkerLost):
             lost.result(timeout=60)
         assert waiting.result(timeout=60)["output_1"] == 5

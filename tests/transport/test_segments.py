@@ -367,6 +367,7 @@ def resident_pages(segment: Segment) -> int:
     return sum(entry >> 63 for (entry,) in struct.iter_unpack("<Q", entries))
 
 
+@needs.linux
 def test_what_rejoins_is_mapped_ahead_of_its_next_use_and_what_is_isolated_is_not(
     memfd: Segment,
 ) -> None:
@@ -388,6 +389,7 @@ def test_what_rejoins_is_mapped_ahead_of_its_next_use_and_what_is_isolated_is_no
     assert memfd.isolated_clean(4 * PAGE, 4 * PAGE)
 
 
+@needs.linux
 def test_isolation_after_close_is_refused_and_touches_nothing(memfd: Segment) -> None:
     memory, address = memfd.shared_memory(), memfd.shared_address()
     put(address, b"hello")
