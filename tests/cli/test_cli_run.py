@@ -341,6 +341,28 @@ def wait_until(condition: Callable[[], object], what: str, within_s: float = 30.
 
 
 @needs.posix
+def test_a_ctrl_c_while_the_command_line_loads_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    # Stands before the real click, which the command line imports first.
+    (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "legion_shm", "--version"],
+        env={**environment(), "PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPO)))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "legion_shm", "--version"],
+        env=environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, f"legion {__version__}\n")
+
+
+@needs.posix
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_worker_before_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int

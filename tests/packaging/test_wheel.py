@@ -120,7 +120,7 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra", [])) == {"cuda", "bench", "web", "dev"}
-    assert "legion = legion_shm.cli:main" in scripts.splitlines()
+    assert "legion = legion_shm.__main__:main" in scripts.splitlines()
     required = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert {"torch>=2.4", "numpy>=1.26", "pyzmq>=26", "msgpack>=1.0.8"} <= required
 
