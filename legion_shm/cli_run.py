@@ -155,7 +155,8 @@ def _read_workflow(source: str) -> Workflow:
 
 
 def _plan_outputs(prompt: Workflow, outputs: Mapping[str, str]) -> dict[str, Destination]:
-    from legion_shm.workflow import is_link, read_channels
+    from legion_shm.channels import read_channels
+    from legion_shm.workflow import is_link
 
     known = read_channels(prompt).outputs
     open_names = any(
@@ -183,7 +184,7 @@ def _plan_outputs(prompt: Workflow, outputs: Mapping[str, str]) -> dict[str, Des
 
 
 def _read_inputs(prompt: Workflow, inputs: Mapping[str, str]) -> dict[str, object]:
-    from legion_shm.workflow import check_inputs, read_channels
+    from legion_shm.channels import check_inputs, read_channels
 
     channels = read_channels(prompt)
     for name in check_inputs(channels, dict(inputs)):

@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from legion_shm.channels import read_channels
 from legion_shm.config import WorkerSpec
 from legion_shm.errors import ConfigError, InvalidWorkflow
 from legion_shm.nodes.bridge import master_node_classes
 from legion_shm.nodes.folders import Folders, find_workflow
 from legion_shm.nodes.saved_format import convert_saved_workflow, is_saved_format
-from legion_shm.workflow import Workflow, load_workflow, read_channels
+from legion_shm.workflow import Workflow, load_workflow
 
 __all__ = ["FROM_CONFIGURATION", "check_channels", "fingerprint", "load_worker_workflow"]
 

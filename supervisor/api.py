@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from legion_shm import faults
+from legion_shm.channels import check_inputs, missing_inputs, name_inputs, unread_inputs
 from legion_shm.clock import monotonic_s
 from legion_shm.config import JobOptions, SupervisorSettings, WorkerSpec
 from legion_shm.errors import (
@@ -48,15 +49,8 @@ from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kin
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
 from legion_shm.transport.values import EXTRA_DATA, PackedValues
-from legion_shm.workflow import (
-    WorkflowCache,
-    check_inputs,
-    limited_to,
-    load_workflow,
-    missing_inputs,
-    name_inputs,
-    unread_inputs,
-)
+from legion_shm.workflow import limited_to, load_workflow
+from legion_shm.workflow_cache import WorkflowCache
 
 if TYPE_CHECKING:
     import torch

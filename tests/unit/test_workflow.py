@@ -11,18 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from legion_shm.channels import Channels, check_inputs, name_inputs, read_channels, unread_inputs
 from legion_shm.errors import InvalidWorkflow
-from legion_shm.workflow import (
-    Channels,
-    WorkflowCache,
-    check_inputs,
-    is_link,
-    load_workflow,
-    name_inputs,
-    pack_workflow,
-    read_channels,
-    unread_inputs,
-)
+from legion_shm.workflow import is_link, load_workflow, pack_workflow
+from legion_shm.workflow_cache import WorkflowCache
 
 FLOW: dict[str, Any] = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
