@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -35,11 +34,12 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.context import SpawnProcess, set_spawning_popen
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from legion_shm.errors import StartupError
 from legion_shm.supervisor.facilities import exit_descriptor
-from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
+from legion_shm.supervisor.spawned import SpawnedWorker
+from legion_shm.supervisor.worker_ends import PosixWorker, WorkerEnds, make_pipe
 from legion_shm.supervisor.worker_env import with_preload, with_tunables, without_launch
 from legion_shm.transport.born_build import library_path, preload_problem
 from legion_shm.transport.channel import Endpoint
@@ -57,9 +57,6 @@ __all__ = [
     "HostConfig",
     "Launch",
     "LaunchedProcess",
-    "PosixWorker",
-    "ProcessHandle",
-    "WorkerEnds",
     "WorkerProcess",
     "current_dir",
     "environment_with",
@@ -138,8 +135,8 @@ class _LegionPopen(SpawnPopen):
         finally:
             set_spawning_popen(None)
         with contextlib.ExitStack() as ours_on_failure, contextlib.ExitStack() as childs:
-            sentinel, child_w = _pipe(ours_on_failure, childs)
-            child_r, parent_w = _pipe(childs, ours_on_failure)
+            sentinel, child_w = make_pipe(ours_on_failure, childs)
+            child_r, parent_w = make_pipe(childs, ours_on_failure)
             self._process = subprocess.Popen(
                 [
                     launch.executable,
@@ -184,18 +181,6 @@ class _LegionPopen(SpawnPopen):
         if self.sentinel >= 0:
             os.close(self.sentinel)
             self.sentinel = -1
-
-
-def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
-    r, w = os.pipe()
-    reader.callback(_close_once, r)
-    writer.callback(_close_once, w)
-    return r, w
-
-
-def _close_once(fd: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(fd)
 
 
 def _program(launch: Launch, tracker_fd: int, pipe_fd: int) -> str:
@@ -261,92 +246,6 @@ class WorkerProcess(LaunchedProcess):
         main(self.host_config)
 
 
-class ProcessHandle(Protocol):
-    """What is asked of a worker's process, however it was started."""
-
-    @property
-    def exitcode(self) -> int | None:
-        """Negative for a signal; None while it runs, and where nobody can tell."""
-        ...
-
-    def ended(self) -> bool: ...
-
-    def join(self, timeout: float | None = None) -> None: ...
-
-    def close(self) -> None:
-        """Let go of it. ValueError while it runs."""
-        ...
-
-
-@dataclass
-class PosixWorker(SpawnedWorker):
-    """A process that leads its session and group. Closing the death pipe's write end kills the group."""
-
-    process: ProcessHandle
-    pid: int
-    exit_fd: int
-    stdout: int
-    stderr: int
-    death_fd: int
-    begun: int
-    descriptors: socket.socket | None
-
-    def ended(self) -> bool:
-        return self.process.ended()
-
-    def exit_code(self) -> int | None:
-        return self.process.exitcode
-
-    def signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
-    def join(self, timeout_s: float) -> None:
-        self.process.join(timeout_s)
-
-    def close(self) -> None:
-        self.signal_group(SIGKILL)
-        self.process.join(timeout=1.0)
-        self.let_go()
-        _close_once(self.exit_fd)
-        with contextlib.suppress(ValueError):
-            self.process.close()
-
-    def let_go(self) -> None:
-        """Close our ends of what ties a process to us; the process itself is not looked at."""
-        forget_after_fork(self.death_fd)
-        for fd in (self.stdout, self.stderr, self.death_fd, self.begun):
-            _close_once(fd)
-        if self.descriptors is not None:
-            self.descriptors.close()
-
-
-_death_fds: set[int] = set()
-_death_lock = threading.Lock()
-_fork_hook = False
-
-
-def remember_for_fork(fd: int) -> None:
-    """A forked child of ours must not keep the write end: the workers would outlive us with it."""
-    global _fork_hook
-    with _death_lock:
-        _death_fds.add(fd)
-        if not _fork_hook:
-            os.register_at_fork(after_in_child=_close_in_child)
-            _fork_hook = True
-
-
-def forget_after_fork(fd: int) -> None:
-    with _death_lock:
-        _death_fds.discard(fd)
-
-
-def _close_in_child() -> None:
-    for fd in _death_fds:
-        _close_once(fd)
-    _death_fds.clear()
-
-
 def _own_path(executable: str) -> tuple[str, ...]:
     """Where the child finds this very package, unless it is installed where any interpreter looks."""
     root = Path(__file__).resolve().parent.parent
@@ -360,10 +259,6 @@ def _own_path(executable: str) -> tuple[str, ...]:
 
         return (str(Path(legion_shm.__file__ or "").resolve().parent.parent),)
     return ()
-
-
-def _descriptor_sockets() -> tuple[socket.socket, socket.socket]:
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def _interpreter_flags() -> tuple[str, ...]:
@@ -399,55 +294,6 @@ def preload_for(spec: WorkerSpec, segments: SegmentKind) -> str:
     if library is None or preload_problem(spec.python_executable or sys.executable):
         return ""
     return str(library)
-
-
-class WorkerEnds:
-    """Both ends of what ties a worker to us. The child's are closed here once the child has its own.
-
-    ``theirs``: the child's descriptors, in the order stdout, stderr, death pipe, begun pipe, and the
-    descriptor socket where there is one. Raises OSError.
-    """
-
-    def __init__(self, *, descriptors: bool) -> None:
-        self._ours = contextlib.ExitStack()
-        self._childs = contextlib.ExitStack()
-        try:
-            self.stdout, out_w = _pipe(self._ours, self._childs)
-            self.stderr, err_w = _pipe(self._ours, self._childs)
-            death_r, self.death_fd = _pipe(self._childs, self._ours)
-            self.begun, begun_w = _pipe(self._ours, self._childs)
-            remember_for_fork(self.death_fd)
-            self._ours.callback(forget_after_fork, self.death_fd)
-            self.theirs: tuple[int, ...] = (out_w, err_w, death_r, begun_w)
-            self.descriptors: socket.socket | None = None
-            if descriptors:
-                self.descriptors, theirs = _descriptor_sockets()
-                self._ours.callback(self.descriptors.close)
-                self._childs.callback(theirs.close)
-                self.descriptors.setblocking(False)
-                theirs.setblocking(False)
-                self.theirs += (theirs.fileno(),)
-            for fd in (self.stdout, self.stderr, self.begun, begun_w):
-                os.set_blocking(fd, False)
-        except BaseException:
-            self.close()
-            raise
-
-    def close_childs(self) -> None:
-        self._childs.close()
-
-    def close(self) -> None:
-        """Close everything: the child's too, and the death pipe, which ends a child that has its own."""
-        self._childs.close()
-        self._ours.close()
-
-    def spawned(self, process: ProcessHandle, pid: int, exit_fd: int) -> PosixWorker:
-        """Hand our ends over to the worker that has come of it."""
-        self._childs.close()
-        self._ours.pop_all()
-        return PosixWorker(
-            process, pid, exit_fd, self.stdout, self.stderr, self.death_fd, self.begun, self.descriptors
-        )
 
 
 def tell_ends(config: HostConfig, theirs: Sequence[int]) -> HostConfig:

@@ -17,8 +17,9 @@ from typing import Literal
 
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ProtocolError
-from legion_shm.supervisor.spawn import HostConfig, PosixWorker, WorkerEnds
+from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.spawned import SIGKILL
+from legion_shm.supervisor.worker_ends import PosixWorker, WorkerEnds
 from legion_shm.supervisor.worker_io import LineReader, WorkerIO
 from legion_shm.supervisor.zygote_wire import (
     Become,

@@ -20,13 +20,12 @@ from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import StartupError
 from legion_shm.supervisor.facilities import has_pidfd
 from legion_shm.supervisor.spawn import (
-    PosixWorker,
-    WorkerEnds,
     current_dir,
     launch_with,
     start_process,
     worker_environment,
 )
+from legion_shm.supervisor.worker_ends import PosixWorker, WorkerEnds
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.supervisor.zygote import Request, Zygote
 from legion_shm.supervisor.zygote_child import ZygoteConfig, ZygoteProcess
