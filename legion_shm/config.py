@@ -151,18 +151,18 @@ class WorkerSpec(_Settings):
 
     ``env`` is set before the worker's interpreter starts, over the environment of this process.
     ``node_modules`` are importable names, or paths of ``.py`` files or package folders, that have
-    ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's
-    ``sys.path``. A ``python_executable`` other than ours needs legion_shm installed in it.
-    ``born_in_arena``: large tensors that nodes make lie in shared memory from the start, where the system
-    allows it (`legion doctor` says), and leave the worker without a copy.
-    ``codec_modules`` are importable names of modules that the worker imports for the classes of values and
-    their codecs (`register_codec`). Instances of the classes that ``pickle_classes`` names in full, and of
-    no others, may be pickled between the worker and us. ``zygote``: whether workers may be forked from a
-    process that has their imports done; see docs/startup.md. ``models``: how the weights of ComfyUI's models
-    reach the worker: through shared memory, by the loader's call and its file, or the cheaper; see
-    docs/models.md. ``max_workers`` run jobs at a time. Beyond the busy ones, ``warm_spares`` more are kept
-    ready, each with memory of its own, to take the place of one that is lost or has reached
-    ``max_jobs_per_life``. They count among the supervisor's ``max_workers``.
+    ``NODE_CLASS_MAPPINGS`` (graph engine). ``python_path`` folders come first on the worker's ``sys.path``. A
+    ``python_executable`` other than ours needs legion_shm installed in it. ``born_in_arena``: large tensors
+    that nodes make lie in shared memory from the start, where the system allows it (`legion doctor` says),
+    and leave the worker without a copy. ``gpu_arena``: tensors of a GPU cross within its memory where that
+    can be shared; off, or where not, through main memory. ``codec_modules`` are importable names of modules
+    that the worker imports for the classes of values and their codecs (`register_codec`). Instances of the
+    classes that ``pickle_classes`` names in full, and of no others, may be pickled between the worker and us.
+    ``zygote``: whether workers may be forked from a process that has their imports done; see docs/startup.md.
+    ``models``: how the weights of ComfyUI's models reach the worker: through shared memory, by the loader's
+    call and its file, or the cheaper; see docs/models.md. ``max_workers`` run jobs at a time. Beyond the busy
+    ones, ``warm_spares`` more are kept ready, each with memory of its own, to take the place of one that is
+    lost or has reached ``max_jobs_per_life``. They count among the supervisor's ``max_workers``.
     """
 
     title: ClassVar[str] = "WorkerSpec"
@@ -184,6 +184,7 @@ class WorkerSpec(_Settings):
     max_jobs_per_life: int | None = Field(default=None, ge=1)
     zygote: Literal["auto", "off"] = "auto"
     born_in_arena: Literal["auto", "off"] = "auto"
+    gpu_arena: Literal["auto", "off"] = "auto"
     models: Literal["auto", "reference", "recipe"] = "auto"
 
     if TYPE_CHECKING:
@@ -264,6 +265,8 @@ class SupervisorSettings(_Settings):
     """Jobs that have been accepted and have not ended; one more raises QueueFull."""
     arena_quota_bytes: int = Field(default=8 << 30, ge=1 << 16)
     """Shared memory that one process's arena may grow to."""
+    gpu_arena_quota_bytes: int = Field(default=1 << 30, ge=0)
+    """GPU memory that one process's arenas may grow to, of all devices together; 0: none is shared."""
     arena_wait_s: Seconds = 30.0
     """How long a transfer waits for shared memory before ArenaFull."""
     inline_max_bytes: int = Field(default=32 << 10, ge=0, le=1 << 20)
@@ -293,7 +296,7 @@ class SupervisorSettings(_Settings):
     lease_flush_s: Seconds = 0.05
     """How long an ended lease may wait for company before it is returned."""
     idle_trim_s: Seconds = 10.0
-    """Shared memory unused for this long goes back to the system."""
+    """Shared memory, of GPUs too, that was unused for this long goes back to the system."""
     zygote: Literal["auto", "off"] = Field(default_factory=_zygote_default, validate_default=True)
     """Fork workers from a process that has their imports done, where that is safe. Default: LEGION_ZYGOTE."""
     zygote_idle_s: Seconds = 60.0

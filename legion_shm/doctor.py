@@ -91,7 +91,7 @@ def examine(
     _processes(report)
     channel = _channel_kinds(report)
     _runtime_dir(report)
-    _devices(report)
+    _devices(report, check=check)
     _comfyui(report, location, env)
     _used(report, segments, channel, location)
     if check and report.usable:
@@ -318,7 +318,7 @@ def _runtime_dir(report: Report) -> None:
         report.add("ZeroMQ", "runtime directory", str(error), "problem")
 
 
-def _devices(report: Report) -> None:
+def _devices(report: Report, *, check: bool) -> None:
     section = "Devices"
     with _trouble_in(report, section, "torch", "problem"):
         import torch as torch_module
@@ -330,6 +330,9 @@ def _devices(report: Report) -> None:
                 uuid = getattr(properties, "uuid", "unknown")
                 value = f"{properties.name}, {_size(properties.total_memory)}, UUID {uuid}"
                 report.add(section, f"GPU {index}", value)
+                if check:
+                    torch.zeros(1, device=f"cuda:{index}")  # its memory is shared by who uses it
+                    _gpu_arena(report, f"GPU {index}", str(uuid))
         elif torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
             report.add(section, "GPU", "none: this torch is built without CUDA; tensors stay in main memory")
         else:
@@ -338,6 +341,21 @@ def _devices(report: Report) -> None:
                 section, "GPU", f"none: torch (built for {built}) finds no usable device or driver", "note"
             )
         report.add(section, "torch threads", str(torch.get_num_threads()))
+
+
+def _gpu_arena(report: Report, name: str, uuid: str) -> None:
+    """Share memory of the device with a child process, as transfers do."""
+    from legion_shm.transport.cuda_driver import ipc_problem
+    from legion_shm.transport.gpu_probe import probe
+
+    reason = ipc_problem()
+    if not reason:
+        try:
+            report.add("Devices", f"{name}, arena", f"yes: its memory is {probe(uuid)}")
+            return
+        except LegionError as error:
+            reason = str(error)
+    report.add("Devices", f"{name}, arena", f"no: {reason}; its tensors cross through main memory", "note")
 
 
 def _comfyui(report: Report, location: ComfyLocation | None, env: Mapping[str, str] | None) -> None:

@@ -12,6 +12,7 @@ LegionError
 ├── StartupError           a worker, or the supervisor itself, could not start: its last words
 │   └── StartupTimeout     a worker was not ready in time: names the setting
 ├── ArenaFull              no shared memory within the quota, after a bounded wait
+├── CudaError              a call of the CUDA driver failed: which, and the driver's own words
 ├── MessageTooLarge        a control message over the limit: names the setting
 ├── QueueFull              `max_queue` jobs have not ended yet
 ├── ProtocolError          a peer broke the wire protocol
@@ -38,6 +39,7 @@ __all__ = [
     "BenchmarkError",
     "ConfigError",
     "ContentsDiffer",
+    "CudaError",
     "DeadlineExceeded",
     "ForkedError",
     "InvalidHandle",
@@ -211,6 +213,13 @@ class StartupTimeout(StartupError, TimeoutError):
 
 class ArenaFull(LegionError, MemoryError):
     """No shared memory could be had within the quota, after waiting for blocks to be freed."""
+
+
+class CudaError(LegionError, OSError):
+    """A call of the CUDA driver failed, or there is no driver.
+
+    Transfers then go through main memory, so callers do not see it; logs and ``legion doctor`` quote it.
+    """
 
 
 class MessageTooLarge(LegionError, ValueError):

@@ -34,6 +34,7 @@ class WorkerKeywords(TypedDict, total=False):
     max_jobs_per_life: int | None
     zygote: Literal["auto", "off"]
     born_in_arena: Literal["auto", "off"]
+    gpu_arena: Literal["auto", "off"]
     models: Literal["auto", "reference", "recipe"]
 
 
@@ -43,6 +44,7 @@ class SettingsKeywords(TypedDict, total=False):
     max_workers: int
     max_queue: int
     arena_quota_bytes: int
+    gpu_arena_quota_bytes: int
     arena_wait_s: float
     inline_max_bytes: int
     max_message_bytes: int

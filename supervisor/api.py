@@ -177,7 +177,13 @@ class Supervisor:
         try:
             if checked.extra_data:
                 values[EXTRA_DATA] = dict(checked.extra_data)
-            packed = self._memory.pack(values, tuple(checked.spec.pickle_classes), checked.spec.models)
+            packed = self._memory.pack(
+                values,
+                tuple(checked.spec.pickle_classes),
+                checked.spec.models,
+                pool=pool,
+                gpu=checked.spec.gpu_arena == "auto",
+            )
             try:
                 worker = _only_worker(packed)
             except UnsupportedValue:

@@ -38,8 +38,11 @@ from legion_shm.transport.frames import decode_message
 from legion_shm.transport.messages import (
     BlocksResident,
     Freed,
+    GpuSegmentRequest,
+    GpuSegmentsClosed,
     Heartbeat,
     Hello,
+    HostCopyRequest,
     JobCancelledReply,
     JobDone,
     JobFailedReply,
@@ -106,6 +109,9 @@ class Inbox:
             SegmentRequest: self._segment_request,
             BlocksResident: self._blocks_resident,
             SegmentRetired: self._segments_retired,
+            GpuSegmentRequest: self._gpu_segment_request,
+            GpuSegmentsClosed: self._gpu_segments_closed,
+            HostCopyRequest: self._host_copies,
             Freed: self._freed,
         }
 
@@ -222,6 +228,15 @@ class Inbox:
 
     def _segments_retired(self, worker: WorkerIO, message: SegmentRetired, now: float) -> None:
         self._lending.retire(worker, message.segments)
+
+    def _gpu_segment_request(self, worker: WorkerIO, message: GpuSegmentRequest, now: float) -> None:
+        self._lending.request_gpu_segment(worker, message)
+
+    def _gpu_segments_closed(self, worker: WorkerIO, message: GpuSegmentsClosed, now: float) -> None:
+        self._lending.gpu.closed(worker, message.arena, message.segments)
+
+    def _host_copies(self, worker: WorkerIO, message: HostCopyRequest, now: float) -> None:
+        self._lending.gpu.copy_for(worker, message.handles)
 
     def _freed(self, worker: WorkerIO, message: Freed, now: float) -> None:
         self._tell_freed(FreedMemory(worker.id, message.host_bytes, message.gpu_bytes))

@@ -20,6 +20,7 @@ from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings
 from legion_shm.errors import ArenaFull, ProtocolError
+from legion_shm.supervisor.gpu_lending import GpuLending
 from legion_shm.supervisor.master_memory import MasterMemory
 from legion_shm.supervisor.processes import Post, Processes
 from legion_shm.supervisor.worker_io import WorkerIO
@@ -28,6 +29,7 @@ from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.leases import LeaseTable
 from legion_shm.transport.messages import (
     BlocksFreed,
+    GpuSegmentRequest,
     JobDone,
     ModelsForgotten,
     ResultAccepted,
@@ -65,6 +67,7 @@ class Lending:
         self._settings, self._memory, self._processes = settings, memory, processes
         self._helpers, self._post = helpers, post
         self.table = LeaseTable()
+        self.gpu = GpuLending(memory, processes, self.table, helpers, post, self._introduce)
         self._owners: dict[int, str] = {}
         self._waiting: dict[str, WorkerIO] = {}  # those whose sockets have no room for a descriptor
         self._flush_at_s: float | None = None
@@ -178,6 +181,7 @@ class Lending:
         """Its leases end with it; its arena lives on for as long as somebody looks at a block of it."""
         self._owners.pop(worker.arena, None)
         self._waiting.pop(worker.id, None)
+        self.gpu.worker_gone(worker)
         self.table.drop_holder(worker.id)
         self.table.condemn(worker.arena)
 
@@ -187,6 +191,11 @@ class Lending:
         """Let a worker have the segment that a handle points into, once."""
         key = (handle.arena, handle.segment)
         if key in worker.segments:
+            return
+        on_gpu = self._memory.gpu.segment(*key)
+        if on_gpu is not None:
+            worker.segments.add(key)
+            self.gpu.introduce(worker, *key, on_gpu)
             return
         segment = self._memory.segment(*key)
         if segment is None:
@@ -271,6 +280,16 @@ class Lending:
         except RuntimeError as error:  # the interpreter is shutting down
             self._processes.send(worker, SegmentRefused(str(error)))
 
+    def request_gpu_segment(self, worker: WorkerIO, message: GpuSegmentRequest) -> None:
+        """The same for its arena on a device."""
+
+        def granted(segment_id: int, nbytes: int) -> None:
+            self._owners[worker.arena] = worker.id
+            self.table.add_segment(worker.arena, segment_id, nbytes)
+            worker.segments.add((worker.arena, segment_id))
+
+        self.gpu.request(worker, message, granted)
+
     def _refuse(self, worker: WorkerIO, reason: str) -> None:
         worker.awaits_segment = False
         if self._processes.get(worker.id) is worker:
@@ -297,6 +316,7 @@ class Lending:
                 raise ProtocolError(f"segment {segment_id} was given up while a block in it is in use")
         self._memory.drop(worker.arena, segments)
         worker.segments.difference_update((worker.arena, segment_id) for segment_id in segments)
+        worker.gpu_segments.difference_update((worker.arena, segment_id) for segment_id in segments)
         self._tell_dropped(worker.arena, segments)
 
     def _tell_dropped(self, arena: int, segments: tuple[int, ...]) -> None:
@@ -305,6 +325,7 @@ class Lending:
             if known:
                 worker.segments.difference_update((arena, segment) for segment in known)
                 self._processes.send(worker, SegmentsDropped(arena, known))
+        self.gpu.going(arena, segments)
 
     def _tell_forgotten(self) -> None:
         keys: list[str] = []

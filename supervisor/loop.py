@@ -91,6 +91,7 @@ class Loop:
             name_prefix=directory.segment_prefix,
             inline_max_bytes=settings.inline_max_bytes,
             quota_bytes=settings.arena_quota_bytes,
+            gpu_quota_bytes=settings.gpu_arena_quota_bytes,
             full_wait_s=settings.arena_wait_s,
             segment_added=self._own_segment_added,
             segments_retired=self._own_segments_retired,
@@ -374,6 +375,7 @@ class Loop:
                         jobs_done=record.jobs_done,
                         rss_bytes=worker.rss_bytes,
                         arena_bytes=self.memory.segment_bytes(worker.arena),
+                        gpu_arena_bytes=self.memory.gpu.segment_bytes(worker.arena),
                         job_id=record.job,
                         spec_key=record.pool,
                     )

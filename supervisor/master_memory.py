@@ -21,11 +21,14 @@ from legion_shm.supervisor.comfy_loaders import watch_loaders
 from legion_shm.supervisor.comfy_source import install_comfy_models
 from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.master_born import MasterBorn
+from legion_shm.supervisor.master_gpu import MasterGpu
 from legion_shm.supervisor.remote import delivered_types, sending_types
 from legion_shm.supervisor.result import Delivery
 from legion_shm.transport.arena import Arena, ArenaStats, Block
 from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.codec import VALUE_TYPES, Pickled, ValueTypes
+from legion_shm.transport.codec_types import DeviceBlock
+from legion_shm.transport.gpu_memory import ALL_DEVICES, without_gpu
 from legion_shm.transport.handles import BlockHandle, round_up
 from legion_shm.transport.messages import Values
 from legion_shm.transport.residence import WeightsWay, weights_go
@@ -58,6 +61,7 @@ class MasterMemory:
         segments_retired: Callable[[int, tuple[int, ...]], None],
         resident: Callable[[BlockHandle], None],
         remotes_dropped: Callable[[str, tuple[int, ...]], None],
+        gpu_quota_bytes: int = 0,
     ) -> None:
         install_comfy_values()
         install_comfy_models()
@@ -80,12 +84,22 @@ class MasterMemory:
         self._deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()
         self.forgotten: deque[str] = deque()
         self._closed = False
+        generations = itertools.count(1)
+        self.gpu = MasterGpu(
+            arena_id=self.arena_id,
+            quota_bytes=gpu_quota_bytes,
+            generations=generations,
+            next_id=lambda: next(self._ids),
+            segment_added=segment_added,
+            retired=lambda ids: self._segments_retired(self.arena_id, ids),
+        )
         self._arena = Arena(
             arena_id=self.arena_id,
             grow=self._grow,
             quota_bytes=quota_bytes,
             full_wait_s=full_wait_s,
             shrink=lambda segment_id: self._retire((segment_id,)),
+            generations=generations,
         )
         self._born = (
             MasterBorn.claim(
@@ -119,11 +133,15 @@ class MasterMemory:
                 self._retire_born()  # copies need it
         return self._arena.reserve(nbytes)
 
+    def device_block(self, kind: str, uuid: str, nbytes: int) -> DeviceBlock | None:
+        return self.gpu.block(kind, uuid, nbytes)
+
     def discard(self, handle: BlockHandle) -> None:
-        self._arena.free(handle)
+        if not self.gpu.free(handle):
+            self._arena.free(handle)
 
     def view(self, handle: BlockHandle) -> Any:
-        return self._attachments.view(handle)
+        return self.gpu.view(handle) if self.gpu.knows(handle) else self._attachments.view(handle)
 
     # --- values -------------------------------------------------------------------------------------
 
@@ -132,12 +150,19 @@ class MasterMemory:
         values: Mapping[str, object],
         pickled: tuple[str, ...] = (),
         models: WeightsWay = "reference",
+        *,
+        pool: str = "",
+        gpu: bool = True,
     ) -> PackedValues:
-        """``pickled``: the classes whose instances may be pickled; ``models``: how their weights go."""
+        """``pickled``: the classes whose instances may be pickled; ``models``: how their weights go.
+
+        ``pool``: whose workers will read them; without ``gpu`` none in a GPU's memory.
+        """
         types = self._sending.get(pickled)
         if types is None:
             types = self._sending[pickled] = sending_types(self, self._types(pickled))
-        with weights_go(models):
+        avoided = self.gpu.avoided.get(pool, frozenset()) if gpu else ALL_DEVICES
+        with weights_go(models), without_gpu(avoided):
             return pack(values, self, types=types)
 
     def _types(self, pickled: tuple[str, ...]) -> ValueTypes:
@@ -201,6 +226,7 @@ class MasterMemory:
     def drain_released(self) -> list[BlockHandle]:
         """The supervisor's own deliveries that have ended, one entry each; large ones a turn later."""
         released = self._attachments.drain_released(quick=True)
+        released.extend(self.gpu.drain_released())
         if self._born is not None:
             released.extend(self._born.ended())
         while self._returned:
@@ -209,10 +235,13 @@ class MasterMemory:
 
     def live_views(self) -> int:
         views = self._attachments.live_views() + self._attachments.undrained() + len(self._returned)
+        views += self.gpu.undrained()
         return views if self._born is None else views + self._born.owned
 
     def free(self, handle: BlockHandle) -> None:
         """A block of the own arena whose last lease has ended."""
+        if self.gpu.free(handle):
+            return
         if self._born is None or not self._born.free(handle):
             self._arena.free(handle)
 
@@ -226,7 +255,8 @@ class MasterMemory:
 
     def in_use(self) -> bool:
         """Whether any block of the own arena may be looked at by somebody."""
-        return bool(self._arena.stats().blocks or (self._born is not None and self._born.published))
+        born = self._born is not None and self._born.published
+        return bool(self._arena.stats().blocks or born or self.gpu.in_use())
 
     def stats(self) -> ArenaStats:
         return self._arena.stats()
@@ -264,7 +294,10 @@ class MasterMemory:
             return sum(segment.nbytes for segment in self._segments.get(arena, {}).values())
 
     def drop(self, arena: int, segment_ids: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """Close segments (all of an arena by default): their ids. Live views stay readable."""
+        """Close segments (all of an arena by default): their ids. Live views stay readable.
+
+        Those of a GPU's memory are freed by `MasterGpu.release`, once nobody has them open.
+        """
         with self._lock:
             entry = self._segments.get(arena, {})
             ids = tuple(entry) if segment_ids is None else tuple(i for i in segment_ids if i in entry)
@@ -274,7 +307,7 @@ class MasterMemory:
                 self._segments.pop(arena, None)
         for segment_id in ids:
             self._attachments.drop(arena, segment_id)
-        return ids
+        return (*ids, *self.gpu.drop(arena, segment_ids))
 
     def _retire(self, segment_ids: tuple[int, ...]) -> None:
         self.drop(self.arena_id, segment_ids)
@@ -285,6 +318,7 @@ class MasterMemory:
         retired = tuple(self._arena.trim())
         if retired:
             self._retire(retired)
+        self.gpu.trim()
         self._retire_born()
         return self._born is not None and self._born.total_bytes > 0
 
@@ -325,3 +359,4 @@ class MasterMemory:
             self._segments.clear()
         self._arena.close()
         self._attachments.close()
+        self.gpu.close()

@@ -111,6 +111,7 @@ class Processes:
             control_identity=worker.control_identity,
             arena=worker.arena,
             arena_quota_bytes=settings.arena_quota_bytes,
+            gpu_arena_quota_bytes=settings.gpu_arena_quota_bytes if spec.gpu_arena == "auto" else 0,
             arena_wait_s=settings.arena_wait_s,
             inline_max_bytes=settings.inline_max_bytes,
             max_message_bytes=settings.max_message_bytes,

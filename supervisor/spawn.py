@@ -84,6 +84,7 @@ class HostConfig:
     control_identity: bytes = field(repr=False)
     arena: int
     arena_quota_bytes: int
+    gpu_arena_quota_bytes: int
     arena_wait_s: float
     inline_max_bytes: int
     max_message_bytes: int

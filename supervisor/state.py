@@ -160,5 +160,6 @@ class WorkerInfo:
     jobs_done: int
     rss_bytes: int
     arena_bytes: int
+    gpu_arena_bytes: int
     job_id: str | None
     spec_key: str

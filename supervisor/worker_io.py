@@ -80,6 +80,8 @@ class WorkerIO:
     )
     tail: deque[str] = field(default_factory=deque[str])
     segments: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
+    gpu_segments: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])  # that it may have open
+    blind_to: frozenset[str] = frozenset()  # devices whose memory it can't read
     greeted: set[str] = field(default_factory=set[str])
     engine: str = ""
     versions: dict[str, str] = field(default_factory=dict[str, str])
@@ -91,6 +93,7 @@ class WorkerIO:
     violation: str = ""
     delivered: str = ""
     awaits_segment: bool = False
+    awaits_copies: bool = False
     unsent: deque[tuple[int, int]] = field(default_factory=deque[tuple[int, int]])
     unsent_since_s: float = 0.0
     withdraw: Callable[[], object] | None = None

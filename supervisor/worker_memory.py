@@ -7,6 +7,7 @@ back, holding on to results until their leases are taken. The main thread alone 
 
 from __future__ import annotations
 
+import itertools
 import select
 import socket
 from collections import deque
@@ -21,16 +22,20 @@ from legion_shm.supervisor.comfy_values import install_comfy_values
 from legion_shm.supervisor.remote import RemoteObjects
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_born import BornBlocks
+from legion_shm.supervisor.worker_gpu import WorkerGpu
 from legion_shm.supervisor.worker_views import NodeViews
 from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
 from legion_shm.transport.born import Shim
 from legion_shm.transport.codec import VALUE_TYPES
+from legion_shm.transport.codec_types import DeviceBlock
 from legion_shm.transport.fdpass import SegmentReceiver
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import (
     BlocksFreed,
     BlocksResident,
+    GpuSegmentIntroduced,
+    HostCopies,
     Message,
     ModelsForgotten,
     RemotesDropped,
@@ -49,7 +54,10 @@ from legion_shm.transport.values import REPORT, PackedValues, discard, pack, unp
 __all__ = ["WorkerMemory"]
 
 _GRANT_WAIT_S = 30.0  # the supervisor's own work on a segment: 0.4 s for 1 GiB
+_COPY_WAIT_S = 60.0  # for main memory it waits as long as anybody does
 _DESCRIPTOR_WAIT_S = 10.0
+
+Answer = SegmentGranted | SegmentRefused | GpuSegmentIntroduced | HostCopies
 
 
 class WorkerMemory:
@@ -73,6 +81,8 @@ class WorkerMemory:
             self._socket.setblocking(False)
             self._descriptors = SegmentReceiver(self._socket)
         self._attachments = Attachments(on_missing=self._await_segment, missing_wait_s=_DESCRIPTOR_WAIT_S)
+        self._returned: deque[BlockHandle] = deque()
+        generations = itertools.count(1)
         self._arena = Arena(
             arena_id=config.arena,
             grow=self._grow,
@@ -80,10 +90,19 @@ class WorkerMemory:
             wait=self._wait_for_room,
             full_wait_s=config.arena_wait_s,
             shrink=self._shrunk,
+            generations=generations,
+        )
+        self._gpu = WorkerGpu(
+            arena_id=config.arena,
+            quota_bytes=config.gpu_arena_quota_bytes,
+            generations=generations,
+            ask=self._ask,
+            send=send,
+            returned=self._returned.append,
         )
         self._own: dict[int, Segment] = {}
-        self._answers: deque[SegmentGranted | SegmentRefused] = deque()
-        self._returned: deque[BlockHandle] = deque()
+        self._answers: deque[Answer] = deque()
+        self._asking = False
         self._kept: dict[str, PackedValues] = {}
         self.forgotten: deque[str] = deque(maxlen=0)  # others learn it from the supervisor's process alone
         self._forgotten: deque[str] = deque()
@@ -136,11 +155,22 @@ class WorkerMemory:
         self._yield_quota(nbytes)
         return self._arena.reserve(nbytes)
 
+    def device_block(self, kind: str, uuid: str, nbytes: int) -> DeviceBlock | None:
+        self._idle_since_s = None
+        return self._gpu.block(kind, uuid, nbytes)
+
     def discard(self, handle: BlockHandle) -> None:
+        if self._gpu.free(handle):
+            return
         if self._born is None or not self._born.free(handle):
             self._arena.free(handle)
 
     def view(self, handle: BlockHandle) -> Any:
+        if self._gpu.knows(handle):
+            there = self._gpu.view(handle)
+            if there is not None:
+                return there
+            handle = self._gpu.host_copy(handle)
         return self._attachments.view(handle)
 
     def private_view(self, address: int, nbytes: int, keep: object) -> Any:
@@ -248,6 +278,13 @@ class WorkerMemory:
             self._kept.pop(message.job, None)
         elif isinstance(message, (SegmentGranted, SegmentRefused)):
             self._answers.append(message)
+        elif isinstance(message, HostCopies):
+            if self._asking:
+                self._answers.append(message)
+            else:
+                self._returned.extend(message.handles)  # it came too late
+        elif isinstance(message, GpuSegmentIntroduced):
+            self._introduced(message)
         elif isinstance(message, SegmentAnnounced):
             self._add(
                 message.arena, message.segment, attach_segment("portable", message.name, message.nbytes)
@@ -255,6 +292,7 @@ class WorkerMemory:
         elif isinstance(message, SegmentsDropped):
             for segment_id in message.segments:
                 self._attachments.drop(message.arena, segment_id)
+            self._gpu.drop(message.arena, message.segments)
         else:
             raise ProtocolError(f"{type(message).__name__} does not belong on a worker's job socket")
 
@@ -265,8 +303,9 @@ class WorkerMemory:
             self._note_idle()
 
     def _note_idle(self) -> None:
-        stats = self._arena.stats()
-        if not stats.blocks and (self._born is None or not self._born.published) and self.arena_bytes():
+        if self._arena.stats().blocks or self._gpu.blocks() or (self._born and self._born.published):
+            return
+        if self.arena_bytes() or self._gpu.total_bytes():
             self._idle_since_s = monotonic_s()
 
     def drain_released(self, most: int | None = None, *, quick: bool = False) -> tuple[BlockHandle, ...]:
@@ -275,6 +314,7 @@ class WorkerMemory:
         ``quick`` leaves large ones too, for the time after the reply.
         """
         self._returned.extend(self._attachments.drain_released(quick=quick))
+        self._returned.extend(self._gpu.drain_released())
         released: list[BlockHandle] = []
         while self._returned and len(released) != most:
             try:
@@ -290,7 +330,7 @@ class WorkerMemory:
         return keys
 
     def live_views(self) -> int:
-        return self._attachments.live_views() + self._attachments.undrained()
+        return self._attachments.live_views() + self._attachments.undrained() + self._gpu.undrained()
 
     def room_bytes(self) -> int:
         arena = self._arena
@@ -328,22 +368,39 @@ class WorkerMemory:
             poll.register(self._socket, select.POLLIN)
             poll.poll(remaining * 1000)
 
+    def _ask(self, message: Message, wait_s: float = _COPY_WAIT_S) -> Answer:
+        """Send a question, and wait for its answer. Raises ArenaFull where none comes in time."""
+        deadline_s = monotonic_s() + wait_s
+        self._asking = True
+        try:
+            self._send(message)
+            while not self._answers:
+                remaining = deadline_s - monotonic_s()
+                if remaining <= 0:
+                    raise ArenaFull(
+                        f"the supervisor did not answer {type(message).__name__} within {wait_s:g} s"
+                    )
+                self._receive(remaining)
+            return self._answers.popleft()
+        finally:
+            self._asking = False
+
+    def _introduced(self, message: GpuSegmentIntroduced) -> None:
+        if message.arena != self._config.arena:
+            self._gpu.introduce(message)
+        elif self._asking:
+            self._answers.append(message)
+        else:
+            self._send(SegmentRetired((message.segment,)))  # it came too late
+
     def _grow(self, nbytes: int) -> tuple[int, Segment]:
-        self._send(SegmentRequest(nbytes))
         deadline_s = monotonic_s() + _GRANT_WAIT_S
-        while not self._answers:
-            remaining = deadline_s - monotonic_s()
-            if remaining <= 0:
-                raise ArenaFull(
-                    f"the supervisor did not grant a segment of {nbytes} bytes in {_GRANT_WAIT_S:g} s"
-                )
-            self._receive(remaining)
-        answer = self._answers.popleft()
+        answer = self._ask(SegmentRequest(nbytes), _GRANT_WAIT_S)
         if faults.hit is not None:
             faults.hit("worker.segment_granted")
         if isinstance(answer, SegmentRefused):
             raise ArenaFull(answer.reason)
-        if answer.arena != self._config.arena:
+        if not isinstance(answer, SegmentGranted) or answer.arena != self._config.arena:
             raise ProtocolError("the supervisor granted a segment of another arena")
         if answer.name:
             self._add(answer.arena, answer.segment, attach_segment("portable", answer.name, answer.nbytes))
@@ -390,7 +447,7 @@ class WorkerMemory:
             self._own.pop(segment_id, None)
             self._attachments.drop(self._config.arena, segment_id)
         self._share_quota()
-        return retired
+        return (*retired, *self._gpu.trim())
 
     def _grow_born(self, nbytes: int) -> tuple[int, Segment]:
         for segment_id in self._arena.trim():  # what was copied there before is to be born from now on
@@ -400,6 +457,9 @@ class WorkerMemory:
     def give_up_unused(self) -> None:
         """Give back the regions in which nothing lives any more, now."""
         self._retire_born()
+        retired = self._gpu.trim()
+        if retired:
+            self._send(SegmentRetired(retired))
 
     def _retire_born(self) -> None:
         self._views.tidy()

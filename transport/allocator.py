@@ -1,14 +1,16 @@
 """Which bytes of an arena are taken: a pure allocator over a growing list of segments.
 
-Owns the live blocks, the free extents and the generation counter. It never touches memory and never
-waits. Best fit with coalescing: the smallest free extent that holds the request, and of equal ones
-that of the lowest segment and offset. That leaves the large untouched tails for last, so steady
+Owns the live blocks, the free extents and the generation counter, where it is given none. It never touches
+memory and never waits. Best fit with coalescing: the smallest free extent that holds the request, and of
+equal ones that of the lowest segment and offset. That leaves the large untouched tails for last, so steady
 traffic returns to the same pages, which are already mapped in every process that saw them.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 from legion_shm.errors import StaleHandle
 from legion_shm.transport.handles import BLOCK_ALIGN, BlockHandle, round_up
@@ -22,9 +24,9 @@ class BlockAllocator:
     ``live_bytes``, ``peak_bytes`` and ``total_bytes`` count whole pages, as memory is really used.
     """
 
-    def __init__(self, arena: int) -> None:
+    def __init__(self, arena: int, generations: Iterator[int] | None = None) -> None:
         self._arena = arena
-        self._generation = 0
+        self._generations = itertools.count(1) if generations is None else generations
         self._segments: dict[int, int] = {}
         self._live: dict[int, BlockHandle] = {}
         self._live_in: dict[int, int] = {}
@@ -91,8 +93,7 @@ class BlockAllocator:
 
     def next_generation(self) -> int:
         """A number that no block of this arena has had."""
-        self._generation += 1
-        return self._generation
+        return next(self._generations)
 
     def check_live(self, handle: BlockHandle) -> None:
         """Raise `StaleHandle` unless this very block is live."""

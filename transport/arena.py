@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from threading import Condition
 
@@ -57,9 +57,9 @@ class Arena:
 
     ``grow(nbytes)`` makes a segment of at least that size and returns its id and the segment, or raises
     `ArenaFull`; it is called by one thread at a time, with no lock held. ``wait(timeout_s)`` blocks until a
-    block may have been freed (by default until another thread calls `free`). ``shrink(segment_id)`` hears
-    of each idle segment that `reserve` gave up to make room for a larger one; without it, such ids are
-    returned by the next `trim`.
+    block may have been freed (by default until another thread calls `free`). ``shrink(segment_id)`` hears of
+    each idle segment that `reserve` gave up to make room for a larger one; without it, such ids are returned
+    by the next `trim`. ``generations`` counts for several arenas of one id, each with its own segments.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Arena:
         wait: Callable[[float], bool] | None = None,
         full_wait_s: float = 30.0,
         shrink: Callable[[int], None] | None = None,
+        generations: Iterator[int] | None = None,
     ) -> None:
         self.arena_id = arena_id
         self.quota_bytes = quota_bytes - quota_bytes % BLOCK_ALIGN
@@ -81,7 +82,7 @@ class Arena:
         self._full_wait_s = full_wait_s
         self._pid = os.getpid()
         self._changed = Condition()
-        self._allocator = BlockAllocator(arena_id)
+        self._allocator = BlockAllocator(arena_id, generations)
         self._segments: dict[int, Segment] = {}
         self._isolated: set[BlockHandle] = set()
         self._given_up: list[int] = []

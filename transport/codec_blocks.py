@@ -13,11 +13,11 @@ import ctypes
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from legion_shm.errors import LegionError
 from legion_shm.transport.codec_layout import Group, Region
-from legion_shm.transport.codec_types import BlockStore, TransferStats
+from legion_shm.transport.codec_types import BlockStore, DeviceBlock, DeviceBytes, TransferStats
 from legion_shm.transport.codec_wire import Token
 from legion_shm.transport.handles import BlockHandle
 
@@ -110,6 +110,7 @@ def write_groups(
     written = Written()
     known: dict[BlockHandle, int] = {}
     inline_max = store.inline_max_bytes
+    busy: dict[tuple[str, str], DeviceBytes] = {}
     try:
         for group in groups:
             first = group.members[0]
@@ -149,21 +150,43 @@ def write_groups(
                 _place(group, len(written.buffers), 0)
                 written.buffers.append([block, offset, span])
                 continue
-            reserved = store.reserve(pad_block + nbytes)
-            written.blocks.append(reserved.handle)
-            written.owned.append(True)
-            _fill(group, first, reserved.address + pad_block, nbytes)
+            there = _device_block(store, first, pad_block + nbytes)
+            if there is not None:
+                written.blocks.append(there.handle)
+                written.owned.append(True)
+                busy[there.bytes.device] = there.bytes
+                handle = there.handle
+                _fill_there(group, first, there.bytes.tensor[pad_block:])
+            else:
+                reserved = store.reserve(pad_block + nbytes)
+                handle = reserved.handle
+                written.blocks.append(handle)
+                written.owned.append(True)
+                _fill(group, first, reserved.address + pad_block, nbytes)
             if fresh is not None and searchable and not group.packed:
-                fresh.note(group.low, nbytes, reserved.handle, pad_block, first.source)
+                fresh.note(group.low, nbytes, handle, pad_block, first.source)
             written.copied.extend(region.source for region in group.members)
             written.copied_bytes += nbytes
             written.copies += 1
             _place(group, len(written.buffers), pad_block)
             written.buffers.append([len(written.blocks) - 1, 0, pad_block + nbytes])
+        for memory in busy.values():  # others may read it as soon as they hear of it
+            memory.synchronize()
     except BaseException:
+        with contextlib.suppress(Exception):  # whose copies failed before, and the first failure is told
+            for memory in busy.values():
+                memory.synchronize()
         discard_all(written, store)
         raise
     return written
+
+
+def _device_block(store: BlockStore, first: Region, nbytes: int) -> DeviceBlock | None:
+    """Room in the memory that a device's tensors lie in, where there is some."""
+    if first.space is None:
+        return None
+    (kind, uuid), _ = cast("tuple[tuple[str, str], object]", first.space)
+    return store.device_block(kind, uuid, nbytes)
 
 
 def _place(group: Group, buffer: int, pad: int) -> None:
@@ -182,6 +205,13 @@ def _fill(group: Group, first: Region, address: int, nbytes: int) -> None:
         first.pack_into(address, nbytes, first.packed_strides())
     else:
         first.copy_span(address, group.low, nbytes)
+
+
+def _fill_there(group: Group, first: Region, target: Any) -> None:
+    if group.packed:
+        first.pack_into_bytes(target, first.packed_strides())
+    else:
+        first.copy_span_into(target, group.low)
 
 
 def _inline_bytes(group: Group, nbytes: int, pad: int) -> bytes | bytearray:

@@ -154,6 +154,14 @@ class Region:
         """Copy ``nbytes`` from ``low`` in its memory, as they lie, to host memory at ``address``."""
         copy_memory(address, low, nbytes)
 
+    def pack_into_bytes(self, target: Any, strides: Sequence[int]) -> None:
+        """`pack_into` for memory of the region's own device: a torch.uint8 tensor of just the size."""
+        raise NotImplementedError
+
+    def copy_span_into(self, target: Any, low: int) -> None:
+        """`copy_span` for memory of the region's own device: a torch.uint8 tensor of just the size."""
+        raise NotImplementedError
+
     def mark_shared(self) -> None:
         """Note in the token that its buffer serves others too."""
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from legion_shm.errors import InvalidHandle, ProtocolError, UnsupportedValue
 from legion_shm.transport import codec_wire as wire
 from legion_shm.transport.codec_registry import ValueType, ValueTypes
-from legion_shm.transport.codec_types import DecodeLimits, DevicePolicy
+from legion_shm.transport.codec_types import DecodeLimits, DeviceBytes, DevicePolicy
 from legion_shm.transport.codec_wire import Refusal, Token, is_list, is_list_of
 from legion_shm.transport.handles import BlockHandle
 
@@ -35,6 +35,7 @@ class Reader:
         "_buffers",
         "_copyable",
         "_extensions",
+        "_in_use",
         "_next",
         "_objects",
         "_remaining",
@@ -67,6 +68,7 @@ class Reader:
         self._used = [False] * len(blocks)
         self._objects: list[Any] = []
         self._extensions: set[int] = set()
+        self._in_use: dict[tuple[str, str], DeviceBytes] = {}
         self._remaining = limits.max_tensors
         self._next = iter(tokens).__next__
         count = self._next()
@@ -84,7 +86,14 @@ class Reader:
                     raise ProtocolError(f"a value has more than {limits.max_inline_bytes} bytes inline")
 
     def read(self) -> Any:
-        """The value: all tokens, and no others, and each block used."""
+        """The value: all tokens, and no others, and each block used; nothing is being copied any more."""
+        try:
+            return self._read()
+        finally:
+            for memory in self._in_use.values():
+                memory.synchronize()
+
+    def _read(self) -> Any:
         try:
             value = self.node(0)
         except StopIteration:
@@ -146,11 +155,20 @@ class Reader:
         if self._remaining < 0:
             raise ProtocolError(f"a value with more than {self.limits.max_tensors} tensors")
 
-    def buffer(self, index: object) -> tuple[Any, int, int]:
-        """A buffer of the tree: a writable object, where in it the buffer starts, and its size in bytes."""
+    def buffer(self, index: object, device: tuple[str, str] | None = None) -> tuple[Any, int, int]:
+        """A buffer of the tree: a writable object, where in it the buffer starts, and its size in bytes.
+
+        For a tensor of a ``device`` that is here it may be `DeviceBytes` of that device; for nothing else.
+        """
         if type(index) is not int or not 0 <= index < len(self._buffers):
             raise InvalidHandle(f"a value has no buffer {index!r:.40}")
-        return self._buffers[index]
+        found = self._buffers[index]
+        memory = found[0]
+        if type(memory) is DeviceBytes:
+            if memory.device != device:
+                raise InvalidHandle(f"buffer {index} is memory of {memory.device}, and not of {device}")
+            self._in_use[memory.device] = memory
+        return found
 
     def copy_out(self, index: object) -> memoryview:
         """A buffer's bytes, to be copied. Honest trees copy none twice, so that none can grow on arrival."""
@@ -160,12 +178,14 @@ class Reader:
             raise ProtocolError("a value copies the same bytes more than once")
         return memoryview(memory)[start : start + nbytes]
 
-    def window(self, index: object, offset: object, low: int, high: int) -> tuple[Any, int]:
+    def window(
+        self, index: object, offset: object, low: int, high: int, device: tuple[str, str] | None = None
+    ) -> tuple[Any, int]:
         """The object that holds a buffer, and where in it ``offset`` is.
 
         Raises `InvalidHandle` unless the bytes from ``low`` to ``high`` from there lie in the buffer.
         """
-        memory, start, nbytes = self.buffer(index)
+        memory, start, nbytes = self.buffer(index, device)
         if type(offset) is not int or offset + low < 0 or offset + high > nbytes:
             raise InvalidHandle(f"{low} to {high} from {offset!r:.40} is not inside of {nbytes} bytes")
         return memory, start + offset

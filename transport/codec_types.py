@@ -6,6 +6,7 @@ memory, torch or numpy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,8 +15,11 @@ from legion_shm.transport.handles import BlockHandle
 __all__ = [
     "BlockStore",
     "DecodeLimits",
+    "DeviceBlock",
+    "DeviceBytes",
     "DevicePolicy",
     "DeviceResolver",
+    "Devices",
     "EncodedValue",
     "ReservedBlock",
     "TransferStats",
@@ -30,6 +34,36 @@ class ReservedBlock(Protocol):
 
     @property
     def address(self) -> int: ...
+
+
+class DeviceBytes:
+    """Bytes in a device's memory, as a view of a block or a block to be filled.
+
+    ``tensor`` is a one-dimensional torch.uint8 tensor over them, which does not keep them: this object does.
+    ``device`` is the device's type and UUID. ``synchronize`` waits until what this thread has queued there is
+    done; until then nobody else may read or write them.
+    """
+
+    __slots__ = ("__weakref__", "_keep", "_synchronize", "device", "tensor")
+
+    def __init__(
+        self, device: tuple[str, str], tensor: Any, synchronize: Callable[[Any], None], keep: object
+    ) -> None:
+        self.device = device
+        self.tensor = tensor
+        self._synchronize = synchronize
+        self._keep = keep
+
+    def synchronize(self) -> None:
+        self._synchronize(self.tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBlock:
+    """A reserved block in a device's memory, to be filled through ``bytes``."""
+
+    handle: BlockHandle
+    bytes: DeviceBytes
 
 
 class BlockStore(Protocol):
@@ -59,8 +93,15 @@ class BlockStore(Protocol):
         """Give back a reserved block that will not be published."""
         ...
 
+    def device_block(self, kind: str, uuid: str, nbytes: int) -> DeviceBlock | None:
+        """A new block of our own in that device's memory; None where main memory has to do."""
+        ...
+
     def view(self, handle: BlockHandle) -> Any:
-        """A writable buffer of ``handle.nbytes`` bytes. Raises `InvalidHandle` or `StaleHandle`."""
+        """A writable buffer of ``handle.nbytes`` bytes, or `DeviceBytes` where they are in a device's memory.
+
+        Raises `InvalidHandle` or `StaleHandle`.
+        """
         ...
 
 
@@ -132,6 +173,22 @@ class DeviceResolver(Protocol):
 
     def locate(self, kind: str, uuid: str) -> Any | None:
         """The torch.device of this process that has this type and id, or None."""
+        ...
+
+
+class Devices(DeviceResolver, Protocol):
+    """What is done with devices' memory that is not torch's own. torch's devices do it, or an emulation."""
+
+    def initialized(self) -> bool:
+        """Whether this process uses such devices already. Never starts to."""
+        ...
+
+    def bytes_at(self, device: Any, address: int, nbytes: int) -> Any:
+        """A torch.uint8 tensor over memory of that torch.device; it does not keep the memory."""
+        ...
+
+    def synchronize(self, tensor: Any) -> None:
+        """Wait until all is done that this thread has queued on the tensor's device."""
         ...
 
 

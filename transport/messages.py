@@ -23,9 +23,14 @@ __all__ = [
     "Flags",
     "Free",
     "Freed",
+    "GpuSegmentIntroduced",
+    "GpuSegmentRequest",
+    "GpuSegmentsClosed",
     "Handles",
     "Heartbeat",
     "Hello",
+    "HostCopies",
+    "HostCopyRequest",
     "JobCancelledReply",
     "JobDone",
     "JobFailedReply",
@@ -269,6 +274,32 @@ class BlocksResident(Message):
     handles: Handles
 
 
+@dataclass(frozen=True)
+class GpuSegmentRequest(Message):
+    """The worker's arena needs a segment of this many bytes on that device (by UUID)."""
+
+    code = 17
+    device: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class HostCopyRequest(Message):
+    """Blocks of a GPU's memory that were delivered and can't be read: copies in main memory are wanted."""
+
+    code = 18
+    handles: Handles
+
+
+@dataclass(frozen=True)
+class GpuSegmentsClosed(Message):
+    """The answer to SegmentsDropped for segments of a GPU's memory: the worker has them open no more."""
+
+    code = 19
+    arena: int
+    segments: tuple[int, ...]
+
+
 # --- supervisor to worker -------------------------------------------------------------------------
 
 
@@ -373,6 +404,32 @@ class ModelsForgotten(Message):
 
     code = 43
     keys: Names
+
+
+@dataclass(frozen=True)
+class GpuSegmentIntroduced(Message):
+    """A segment in a GPU's memory: the worker's own new one, or another's before the first handle into it.
+
+    ``device`` is the GPU's UUID, ``handle`` what the CUDA driver opens it by; behind its ``nbytes`` for
+    blocks lies ``pattern``.
+    """
+
+    code = 44
+    arena: int
+    segment: int
+    nbytes: int
+    device: str
+    handle: bytes
+    pattern: bytes
+
+
+@dataclass(frozen=True)
+class HostCopies(Message):
+    """The answer to HostCopyRequest: a block in main memory for each, in that order; or none, and why."""
+
+    code = 45
+    handles: Handles
+    reason: str
 
 
 HANDLES_MAX = 10_000

@@ -52,7 +52,10 @@ class BlockMapping(ABC):
 
 
 class Segment(ABC):
-    """One region of shared memory, attached in this process. Thread-safe."""
+    """One region of shared memory, attached in this process. Thread-safe.
+
+    One in a GPU's memory (`gpu_segment`) is none of these kinds, and only its allocation is as theirs.
+    """
 
     kind: SegmentKind
     nbytes: int

@@ -1,11 +1,12 @@
 """torch in the codec: tensors, sparse tensors, sizes, dtypes and devices, both ways.
 
-The one module of transport that imports torch; the codec imports it when a value or a tree holds
+Imports torch; the codec imports it when a value or a tree holds
 something of torch's. Tensors arrive as zero-copy views: the buffer that `torch.frombuffer` holds ends
 its lease when the last tensor, storage or numpy view of it is gone.
 
     host tensor    ── one copy (or none: by reference) ──▶ block ── view ──▶ tensor
-    device tensor  ── one copy to the host ──▶ block ── view ── one copy to the device ──▶ tensor
+    device tensor  ── one copy on the device ──▶ its block there ── one copy on the device ──▶ tensor
+    device tensor  ── one copy to the host ──▶ block ── view ── one copy to the device ──▶ tensor (otherwise)
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from legion_shm.transport import codec_wire as wire
 from legion_shm.transport.codec_layout import Region, dense_strides, host_memory
 from legion_shm.transport.codec_plan import Handler, Planner
 from legion_shm.transport.codec_read import Reader, ReadHandler, fields, length
+from legion_shm.transport.codec_types import DeviceBytes
 from legion_shm.transport.codec_wire import Refusal, Token, are_sizes, is_list_of
+from legion_shm.transport.torch_devices import current_devices, stand_in
 
-__all__ = ["TORCH_DEVICES", "TorchDevices", "plan_handler", "read_handler"]
+__all__ = ["plan_handler", "read_handler"]
 
 _ALL_DTYPES: dict[str, torch.dtype] = {
     str(item).removeprefix("torch."): item for item in vars(torch).values() if isinstance(item, torch.dtype)
@@ -50,40 +53,6 @@ _TENSOR_FLAGS = wire.REQUIRES_GRAD | wire.PARAMETER | wire.ATTRIBUTES | wire.SHA
 _SPARSE_FLAGS = wire.REQUIRES_GRAD | wire.PARAMETER | wire.ATTRIBUTES | wire.COALESCED
 
 
-class TorchDevices:
-    """torch's own devices, by the ids that all processes of a machine agree on."""
-
-    def identify(self, device: torch.device) -> tuple[str, str] | None:
-        kind = device.type
-        if kind == "cpu":
-            return None
-        if kind == "mps":  # a machine has one
-            return kind, ""
-        if kind in ("cuda", "xpu"):
-            uuid = self._uuid(kind, device.index or 0)
-            if uuid:
-                return kind, uuid
-        raise LookupError(f"tensors of device {device} can't be sent; pass .cpu()")
-
-    def locate(self, kind: str, uuid: str) -> torch.device | None:
-        if kind == "mps":
-            return torch.device("mps") if torch.backends.mps.is_available() else None
-        if kind not in ("cuda", "xpu"):
-            return None
-        module: Any = getattr(torch, kind)
-        for index in range(module.device_count() if module.is_available() else 0):
-            if self._uuid(kind, index) == uuid:
-                return torch.device(kind, index)
-        return None
-
-    @staticmethod
-    def _uuid(kind: str, index: int) -> str:
-        return str(getattr(getattr(torch, kind).get_device_properties(index), "uuid", ""))
-
-
-TORCH_DEVICES = TorchDevices()
-
-
 def plan_handler(kind: type) -> Handler | None:
     """How to plan a value of that class; None when it is not torch's, also for a subclass of Tensor."""
     return _PLANNERS.get(kind)
@@ -103,23 +72,32 @@ class _TensorRegion(Region):
         self.token[wire.AT_FLAGS] |= wire.SHARED
 
     def pack_into(self, address: int, nbytes: int, strides: Sequence[int]) -> None:
+        self.pack_into_bytes(_host_bytes(address, nbytes), strides)
+
+    def pack_into_bytes(self, target: Any, strides: Sequence[int]) -> None:
         source: Any = self.source.detach()
         for dim, size in enumerate(self.shape):
             source = source.narrow(dim, 0, size)
         if not (source.is_conj() or source.is_neg()):
             source = source.view(_SAME_SIZE[self.itemsize])
-        target = torch.frombuffer(host_memory(address, nbytes), dtype=source.dtype)
         with torch.no_grad():
-            target.as_strided(tuple(self.shape), tuple(strides)).copy_(source)
+            target.view(source.dtype).as_strided(tuple(self.shape), tuple(strides)).copy_(source)
 
     def copy_span(self, address: int, low: int, nbytes: int) -> None:
         if self.space is None:
             super().copy_span(address, low, nbytes)
-            return
+        else:
+            self.copy_span_into(_host_bytes(address, nbytes), low)
+
+    def copy_span_into(self, target: Any, low: int) -> None:
         storage = self.source.untyped_storage()
         span = torch.empty(0, dtype=torch.uint8, device=self.source.device)
-        span.set_(storage, low - storage.data_ptr(), (nbytes,), (1,))
-        torch.frombuffer(host_memory(address, nbytes), dtype=torch.uint8).copy_(span)
+        span.set_(storage, low - storage.data_ptr(), (target.numel(),), (1,))
+        target.copy_(span)
+
+
+def _host_bytes(address: int, nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(host_memory(address, nbytes), dtype=torch.uint8)
 
 
 def _plan_tensor(planner: Planner, value: torch.Tensor, depth: int, _hashed: bool) -> None:
@@ -166,11 +144,11 @@ def _plan_strided(planner: Planner, value: torch.Tensor, flags: int) -> None:
         raise Refusal("this tensor is nested; send the list of its parts: list(tensor.unbind())")
     if value.is_meta:
         raise Refusal("this tensor is on the meta device and has no data; send its shape and dtype")
-    resolver = planner.devices.resolver
+    resolver = planner.devices.resolver or stand_in()
     device = None
     if resolver is not None or not value.is_cpu:
         try:
-            device = (resolver or TORCH_DEVICES).identify(value.device)
+            device = (resolver or current_devices()).identify(value.device)
         except LookupError as error:
             raise Refusal(str(error.args[0])) from error
     shape = list(value.shape)
@@ -300,9 +278,10 @@ def _read_tensor(reader: Reader, token: Token, depth: int, _hashed: bool) -> Any
             raise ProtocolError("an empty tensor with memory")
         value = _build(lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device or "cpu"))
     else:
-        memory, start = reader.window(buffer, offset, 0, (last + 1) * itemsize)
+        there = None if device is None else cast("tuple[str, str]", device_id)
+        memory, start = reader.window(buffer, offset, 0, (last + 1) * itemsize, there)
         if (flags & wire.SHARED or device is not None) and offset % itemsize == 0:
-            storage = _storage(reader, buffer, device)
+            storage = _storage(reader, buffer, device, there)
             value = _build(lambda: _on_storage(storage, dtype, offset // itemsize, shape, strides))
         else:
             value = _build(lambda: _on_buffer(memory, dtype, start, last + 1, shape, strides, device))
@@ -318,9 +297,12 @@ def _on_buffer(
     strides: list[int],
     device: torch.device | None,
 ) -> torch.Tensor:
-    value = torch.frombuffer(memory, dtype=dtype, count=count, offset=start)
-    if device is not None:
-        value = value.to(device)
+    if isinstance(memory, DeviceBytes):
+        value = memory.tensor[start : start + count * dtype.itemsize].clone().view(dtype)
+    else:
+        value = torch.frombuffer(memory, dtype=dtype, count=count, offset=start)
+        if device is not None:
+            value = value.to(device)
     return cast("torch.Tensor", cast(Any, value).as_strided_(shape, strides))
 
 
@@ -331,13 +313,19 @@ def _on_storage(
     return value.set_(storage, start, tuple(shape), tuple(strides))
 
 
-def _storage(reader: Reader, index: int, device: torch.device | None) -> Any:
-    """The storage that all tensors of one buffer share, on the device they belong to."""
+def _storage(reader: Reader, index: int, device: torch.device | None, there: tuple[str, str] | None) -> Any:
+    """The storage that all tensors of one buffer share, on the device they belong to.
+
+    What lies in the device's memory already is cloned: the block is its sender's again as soon as it was
+    read.
+    """
     storage = reader.cache.get((index, device))
     if storage is None:
-        memory, start, nbytes = reader.buffer(index)
+        memory, start, nbytes = reader.buffer(index, there)
 
         def make() -> torch.Tensor:
+            if isinstance(memory, DeviceBytes):
+                return cast("torch.Tensor", memory.tensor[start : start + nbytes].clone())
             base = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
             return base if device is None else base.to(device)
 
@@ -351,7 +339,7 @@ def _locate(reader: Reader, kind: Any, uuid: Any) -> torch.device | None:
         raise ProtocolError("a tensor's device is not a type and an id")
     key = ("device", kind, uuid)
     if key not in reader.cache:
-        device = (reader.devices.resolver or TORCH_DEVICES).locate(kind, uuid)
+        device = (reader.devices.resolver or current_devices()).locate(kind, uuid)
         if device is None and not reader.devices.allow_cpu:
             raise Refusal(
                 f"this tensor is on {kind:.20} device {uuid:.60}, which this process hasn't; "

@@ -149,6 +149,7 @@ class _Viewed:
         self.find = store.find
         self.adopt = store.adopt
         self.reserve = store.reserve
+        self.device_block = store.device_block
         self.discard = store.discard
 
     def view(self, handle: BlockHandle) -> Any:

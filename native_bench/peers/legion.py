@@ -9,7 +9,8 @@ given back meanwhile would be measured cold. The worker is of the graph engine w
     legion-resident   a tensor of `Supervisor.empty` there, the worker hands the same one back
     legion-forward    made by one worker, used by another, and on to us: two jobs
     legion-handle     as legion-resident, and nobody looks at it: the price of the handle alone
-    legion-cuda       on a GPU on both sides, through host memory
+    legion-cuda       on a GPU on both sides, within its memory where that can be shared
+    legion-cuda-host  the same through main memory
 """
 
 from __future__ import annotations
@@ -70,18 +71,23 @@ class _Shared:
 _shared = _Shared()
 
 
-def spec_of(number: int) -> WorkerSpec:
+def spec_of(number: int, *, gpu_arena: bool = True) -> WorkerSpec:
     """A worker with the nodes of `worker_nodes`; another number is another worker."""
-    return WorkerSpec(engine="graph", node_modules=[WORKER_NODES], env={"LEGION_BENCH_WORKER": str(number)})
+    return WorkerSpec(
+        engine="graph",
+        node_modules=[WORKER_NODES],
+        env={"LEGION_BENCH_WORKER": str(number)},
+        gpu_arena="auto" if gpu_arena else "off",
+    )
 
 
 class _LegionSession(Session):
     """``resident``: what is sent lies in the arena. ``node``: what the worker does with it."""
 
-    def __init__(self, *, resident: bool, private: bool, node: str) -> None:
+    def __init__(self, *, resident: bool, private: bool, node: str, gpu_arena: bool = True) -> None:
         self._supervisor: Supervisor | None = _shared.take()
         self._resident, self._private = resident, private
-        self._spec = spec_of(1)
+        self._spec = spec_of(1, gpu_arena=gpu_arena)
         self._flow, self._spoil = job_of(node), job_of("BenchSpoil")
         self._spoiled = False
         self._stats: JobStats | None = None
@@ -167,7 +173,9 @@ class LegionPeer(Peer):
         node: str = "BenchExchange",
         handle_only: bool = False,
         device: Device = "cpu",
+        gpu_arena: bool = True,
     ) -> None:
+        self._gpu_arena = gpu_arena
         self.name, self.title, self.settings = name, title, settings
         self._resident, self._private, self._node = resident, private, node
         self._handle_only, self.device = handle_only, device
@@ -181,7 +189,9 @@ class LegionPeer(Peer):
         del most_bytes
         if self.name == "legion-forward":
             return _ForwardSession()
-        return _LegionSession(resident=self._resident, private=self._private, node=self._node)
+        return _LegionSession(
+            resident=self._resident, private=self._private, node=self._node, gpu_arena=self._gpu_arena
+        )
 
 
 _API = "Supervisor.submit to Job.result through a graph worker, defaults but idle_trim_s; "
@@ -218,8 +228,16 @@ PEERS: list[Peer] = [
     LegionPeer(
         "legion-cuda",
         "Legion, on a GPU",
-        _API + "a tensor of the GPU there, another one back, both through host memory",
+        _API + "a tensor of the GPU there, another one back, within the GPU's memory where it can be shared",
         private=True,
         device="cuda",
+    ),
+    LegionPeer(
+        "legion-cuda-host",
+        "Legion, on a GPU, through main memory",
+        _API + "gpu_arena: off; a tensor of the GPU there, another one back",
+        private=True,
+        device="cuda",
+        gpu_arena=False,
     ),
 ]

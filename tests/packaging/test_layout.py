@@ -29,6 +29,7 @@ SITE_PACKAGES = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platl
 TORCH_IMPORTERS = {
     "transport/resident.py",
     "transport/tensors.py",
+    "transport/torch_devices.py",
     "supervisor/graph.py",
     "supervisor/graph_holders.py",
     "supervisor/graph_slots.py",

@@ -54,6 +54,9 @@ class FakeStore:
         self._memory[handle] = memory
         return FakeBlock(handle, ctypes.addressof(memory))
 
+    def device_block(self, kind: str, uuid: str, nbytes: int) -> None:
+        return None
+
     def discard(self, handle: BlockHandle) -> None:
         if handle not in self._memory:
             raise StaleHandle(f"{handle} is not reserved")

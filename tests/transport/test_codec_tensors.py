@@ -457,7 +457,7 @@ class FakeCuda:
 
 
 def test_cuda_devices_are_matched_by_uuid_not_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    from legion_shm.transport.tensors import TORCH_DEVICES
+    from legion_shm.transport.torch_devices import TORCH_DEVICES
 
     monkeypatch.setattr(torch, "cuda", FakeCuda)
     assert TORCH_DEVICES.identify(torch.device("cuda", 1)) == ("cuda", "GPU-1")
@@ -522,6 +522,9 @@ class ArenaStore:
         return self.attachments.view(handle)
 
     def adopt(self, address: int, nbytes: int) -> None:
+        return None
+
+    def device_block(self, kind: str, uuid: str, nbytes: int) -> None:
         return None
 
     def find(self, address: int, nbytes: int) -> tuple[BlockHandle, int] | None:
