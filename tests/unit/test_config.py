@@ -220,6 +220,7 @@ CHANGES: list[dict[str, Any]] = [
     {"max_jobs_per_life": 1},
     {"zygote": "off"},
     {"born_in_arena": "off"},
+    {"gpu_arena": "off"},
     {"models": "recipe"},
 ]
 
