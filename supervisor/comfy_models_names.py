@@ -33,6 +33,8 @@ ALLOWED = (
     "spandrel",
     "spandrel_extra_arches",
     "torch.nn",
+    "torchvision.models.optical_flow",
+    "torchvision.ops.misc",
     "transformers",
 )
 """Packages whose classes and functions models are made of."""
@@ -77,9 +79,12 @@ class Names:
     # --- modules ------------------------------------------------------------------------------------------
 
     def module_name(self, module: str) -> str:
-        """What a module is called on the wire: its name, or ``@folder/file`` where a path is its name."""
+        """What a module is called on the wire: its name, or ``@folder/file`` where a path is its name.
+
+        Or where it is a file of ComfyUI's own folder that was imported as if it were a package of its own.
+        """
         if os.sep not in module:
-            return module
+            return f"@comfy/{module}" if _is_bare(module) else module
         for folder, root in _path_roots():
             if module.startswith(root + os.sep):
                 return f"@{folder}/{module[len(root) + 1 :].replace(os.sep, '/')}"
@@ -92,6 +97,10 @@ class Names:
         found = None
         if name.startswith("@"):
             folder, _, rest = name[1:].partition("/")
+            if folder == "comfy":
+                if _is_bare(rest):
+                    return sys.modules[rest]
+                raise LookupError(f"ComfyUI's {rest}.py is not loaded by that name here")
             for known, root in _path_roots():
                 if known == folder:
                     found = found or sys.modules.get(os.path.join(root, *rest.split("/")))
@@ -243,6 +252,15 @@ def _walk(module: types.ModuleType, qualname: str) -> object:
     for part in qualname.split("."):
         place = vars(place).get(part) if isinstance(place, (types.ModuleType, type)) else None
     return place
+
+
+def _is_bare(module: str) -> bool:
+    """Whether that module, which is loaded, is one of ``comfy/*.py`` under its bare name."""
+    management, loaded = sys.modules.get("comfy.model_management"), sys.modules.get(module)
+    if "." in module or hasattr(loaded, "__path__"):
+        return False
+    file, root = getattr(loaded, "__file__", None), getattr(management, "__file__", None)
+    return bool(file and root) and os.path.dirname(str(file)) == os.path.dirname(str(root))
 
 
 def _path_roots() -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ def rebuild_patcher(models: Models, state: Any) -> object:
     patcher.load_device = special.device_by_role(load)
     patcher.offload_device = special.device_by_role(offload)
     if kind is not None:
-        if not issubclass(kind, sys.modules["comfy.model_patcher"].ModelPatcher):
+        if not issubclass(kind, _patcher_bases()):
             raise ValueError(f"{kind.__name__} is no ModelPatcher")
         patcher.__class__ = kind
     own: dict[str, Any] = vars(patcher)
@@ -106,6 +106,13 @@ def _bare(patcher: Any) -> Any:
     for name, item in special.patcher_attributes(fresh).items():
         setattr(clone, name, item)
     return clone
+
+
+def _patcher_bases() -> tuple[type[Any], ...]:
+    """ComfyUI's ModelPatcher; twice where a module has imported its file by another name, as 0.8.0's do."""
+    modules: list[Any] = [sys.modules.get(name) for name in ("comfy.model_patcher", "model_patcher")]
+    own = modules[0].__file__
+    return tuple(module.ModelPatcher for module in modules if module is not None and module.__file__ == own)
 
 
 def _core_patchers() -> tuple[type, ...]:
@@ -153,8 +160,7 @@ class ModelAdapter(Adapter):
         return None
 
     def special(self, value: Any) -> tuple[str, object] | None:
-        management: Any = sys.modules["comfy.model_patcher"]
-        if isinstance(value, management.ModelPatcher):
+        if isinstance(value, _patcher_bases()):
             self._models.setdefault(id(value.model), []).append(value)
             return "patcher", reduce_patcher(self._all, value)
         if isinstance(value, torch.nn.Module):

@@ -37,6 +37,8 @@ _VALUE_MODULES = (
 
 _CLASSES = {
     ("comfy.clip_vision", "Output"),
+    ("comfy.ldm.trellis2.vae", "SparseTensor"),
+    ("comfy.ldm.trellis2.vae", "VarLenTensor"),
     ("comfy.samplers", "KSAMPLER"),
     ("comfy_extras.nodes_hunyuan3d", "VOXEL"),
     ("comfy_extras.nodes_hunyuan3d", "MESH"),
