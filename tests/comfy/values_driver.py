@@ -11,10 +11,14 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
+import random
 import struct
 import sys
+import time
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,21 +28,28 @@ import torch
 
 from legion_shm import LegionError, Supervisor, UnsupportedValue, WorkerSpec
 from legion_shm.supervisor.comfy import ComfyEngine
-from legion_shm.supervisor.comfy_models_special import patcher_attributes
+from legion_shm.supervisor.comfy_models_special import lasting_attributes, patcher_attributes
+from legion_shm.transport.codec import VALUE_TYPES
 from legion_shm.transport.codec_objects import fields_of
 
 _PASS = {
     "1": {"class_type": "LegionImporter", "inputs": {}},
     "2": {"class_type": "LegionExporter", "inputs": {"input_1": ["1", 0]}},
 }
+_LIGHT_S = 0.05
+"""What went there and back in less is nested in others at random."""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value") -> str | None:
     """Where two values differ first, or None. ``pairs`` holds which object stands for which."""
-    if type(sent) is not type(got):
+    if not _same_class(type(sent), type(got)):
         return f"{where}: {type(sent).__name__} came back as {type(got).__name__}"
-    if isinstance(sent, (bool, int, str, bytes, Enum, torch.device, type(None))):
+    # What can't be changed and holds no other object is equal; that it be one object is not promised.
+    if isinstance(
+        sent, (bool, int, str, bytes, Enum, range, torch.device, torch.dtype, torch.Size, type(None))
+    ):
         return None if sent == got else f"{where}: {sent!r:.40} came back as {got!r:.40}"
     if isinstance(sent, float):
         return None if struct.pack("<d", sent) == struct.pack("<d", got) else f"{where}: {sent!r} as {got!r}"
@@ -85,7 +96,26 @@ def difference(sent: Any, got: Any, pairs: dict[int, int], where: str = "value")
         return None if sent == got else f"{where}: another number"
     fields = _lasting(sent), _lasting(got)
     _KEPT.append(fields)
+    if not isinstance(pairs, _InsideOfModel) and _is_live(type(sent)):
+        pairs = _InsideOfModel({id(sent): id(got)})
     return difference(*fields, pairs, where)
+
+
+class _InsideOfModel(dict[int, int]):
+    """Which object stands for which inside of a model; what it shares with others is not promised."""
+
+
+def _is_live(kind: type) -> bool:
+    value_type = VALUE_TYPES.by_class(kind)
+    return value_type is not None and value_type.name == "comfy"
+
+
+def _same_class(one: type, other: type) -> bool:
+    """A class made inside of a function, as patches of models are, is made anew where it arrives."""
+    if one is other:
+        return True
+    inner = "<locals>" in one.__qualname__ and one.__qualname__ == other.__qualname__
+    return inner and one.__module__ == other.__module__ and one.__mro__[2:] == other.__mro__[2:]
 
 
 _KEPT: list[object] = []
@@ -93,8 +123,10 @@ _KEPT: list[object] = []
 
 
 def _lasting(value: Any) -> dict[str, object]:
-    """An object's fields; of a ModelPatcher those that are not about where it is loaded just now."""
+    """An object's fields; of models those that are not about where they are loaded just now."""
     fields = fields_of(value)
+    if isinstance(value, torch.nn.Module):
+        return dict(lasting_attributes(fields))
     if "object_patches_backup" in fields:
         return {**patcher_attributes(value), "model": fields["model"], "load_device": fields["load_device"]}
     return fields
@@ -117,40 +149,66 @@ def tensor_difference(sent: torch.Tensor, got: torch.Tensor, where: str) -> str 
 def main(results: Path, comfyui: str, arguments: tuple[str, ...]) -> None:
     engine = ComfyEngine(comfyui_path=comfyui, extra_args=arguments)
     info = engine.start()
-    values: Any = importlib.import_module("value_samples")  # beside this file; ComfyUI has tests of its own
-
+    making: Any = importlib.import_module("value_making")  # beside this file; ComfyUI has tests of its own
+    samples: Any = importlib.import_module("value_samples")
+    nesting: Any = importlib.import_module("value_nesting")
+    shop = making.Workshop(engine)
     spec = WorkerSpec(
         engine="comfy", comfyui_path=comfyui, python_executable=sys.executable, extra_args=arguments
     )
     rows: list[dict[str, Any]] = []
+    light: list[Any] = []
     with Supervisor() as legion:
-        for kind, what, maker, make in values.samples():
-            row: dict[str, Any] = {"type": kind, "what": what, "maker": maker}
+
+        def there_and_back(value: object) -> object:
+            return legion.submit(_PASS, inputs=[value], spec=spec).result(timeout=120)["output_1"]
+
+        for sample in samples.samples():
+            row, value = _sent(there_and_back, making, shop, sample)
             rows.append(row)
-            try:
-                value = make()
-            except values.Missing:
-                row["outcome"] = "absent"
-                continue
-            except Exception as error:
-                row.update(outcome="no sample", reason=f"{type(error).__name__}: {error}")
-                continue
-            try:
-                got = legion.submit(_PASS, inputs=[value], spec=spec).result(timeout=120)["output_1"]
-            except UnsupportedValue as error:
-                row.update(
-                    outcome="refused", path=error.path, reason=str(error).removeprefix(f"{error.path}: ")
-                )
-                continue
-            except LegionError as error:
-                row.update(outcome="failed", reason=f"{type(error).__name__}: {error}")
-                continue
-            wrong = difference(value, got, {})
-            row.update(outcome="exact" if wrong is None else "differs", reason=wrong)
+            if row["outcome"] == "exact" and row["seconds"] < _LIGHT_S:
+                light.append(value)
+        cases, wrong = int(os.environ.get("LEGION_VALUE_EXAMPLES", "200")), []
+        for case in range(cases):
+            _KEPT.clear()
+            value = nesting.nested(random.Random(case), light)
+            found = difference(value, there_and_back(value), {})
+            wrong += [] if found is None else [f"case {case}: {found}"]
     engine.close()
-    results.write_text(
-        json.dumps({"version": info.versions["comfyui"], "types": values.known_types(), "rows": rows})
-    )
+    types = shop.types()
+    report: dict[str, Any] = {
+        "version": info.versions["comfyui"],
+        "types": types,
+        "no_values": {kind: why for kind, why in samples.NO_VALUES.items() if kind in types},
+        "rows": rows,
+        "nested": {"cases": cases, "of": len(light), "wrong": wrong},
+    }
+    results.write_text(json.dumps(report))
+
+
+def _sent(
+    there_and_back: Callable[[object], object], making: Any, shop: Any, sample: Any
+) -> tuple[dict[str, Any], Any]:
+    """What came of a sample that was made, sent there and back; and the sample."""
+    row: dict[str, Any] = {"type": sample.kind, "what": sample.what, "maker": sample.made_by}
+    row |= {"by_node": not sample.why, "why": sample.why}
+    try:
+        value = shop.make(sample)
+    except making.Absent as absent:
+        return {**row, "outcome": str(absent)}, None
+    except Exception as error:
+        return {**row, "outcome": "no sample", "reason": f"{type(error).__name__}: {error}"}, None
+    began = time.monotonic()
+    try:
+        got = there_and_back(value)
+    except UnsupportedValue as error:
+        reason = str(error).removeprefix(f"{error.path}: ")
+        return {**row, "outcome": "refused", "path": error.path, "reason": reason}, value
+    except LegionError as error:
+        return {**row, "outcome": "failed", "reason": f"{type(error).__name__}: {error}"}, value
+    row["seconds"] = time.monotonic() - began
+    wrong = difference(value, got, {})
+    return {**row, "outcome": "exact" if wrong is None else "differs", "reason": wrong}, value
 
 
 if __name__ == "__main__":

@@ -17,24 +17,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DOCUMENT", "cells", "observe", "table"]
+__all__ = ["DOCUMENT", "NOT_HERE", "cells", "committed", "missing", "not_from_nodes", "observe", "table"]
+
+_WAIT_S = 900.0
+"""Two minutes alone; other tests may run beside it."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENT = REPOSITORY / "docs" / "values.md"
 BEGIN, END = "<!-- table: python -m tests.comfy.values_table -->", "<!-- end of the table -->"
 
-_NO_VALUES = {
-    "POINT": "core has the name alone: neither a class nor a node",
-    "FACE_ANALYSIS": "core has the name alone: neither a class nor a node",
-    "BBOX": "core has the name alone: neither a class nor a node",
-    "SEGS": "core has the name alone: neither a class nor a node",
-    "COMFY_AUTOGROW_V3": "a form of inputs: its values are those of the types in it",
-    "COMFY_DYNAMICCOMBO_V3": "a form of inputs: its values are those of the types in it",
-    "COMFY_COMBODYNAMIC_V3": "a form of inputs: its values are those of the types in it",
-    "COMFY_DYNAMICSLOT_V3": "a form of inputs: its values are those of the types in it",
-    "COMFY_MATCHTYPE_V3": "a form of inputs: its values are those of the types in it",
-    "COMFY_MULTITYPED_V3": "a form of inputs: its values are those of the types in it",
-}
+NOT_HERE = ("no such type", "no such node", "from a node", "otherwise")
+"""Why a version has no such value; docs/values.md says what each means."""
 
 
 def observe(python: str, comfyui: Path, arguments: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -47,7 +40,7 @@ def observe(python: str, comfyui: Path, arguments: Sequence[str], folder: Path) 
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=_WAIT_S,
     )
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-6000:])
@@ -57,16 +50,15 @@ def observe(python: str, comfyui: Path, arguments: Sequence[str], folder: Path) 
 
 def cells(found: Mapping[str, Any]) -> dict[tuple[str, str, str], str]:
     """What one version's column says of each row: (type, value, maker)."""
-    column: dict[tuple[str, str, str], str] = {}
-    for row in found["rows"]:
-        if row["type"] in found["types"]:
-            outcome = row["outcome"]
-            column[row["type"], row["what"], row["maker"]] = (
-                "" if outcome == "absent" else _refusal(row) if outcome == "refused" else outcome
-            )
-    for kind, reason in _NO_VALUES.items():
-        if kind in found["types"]:
-            column[kind, reason, ""] = "no values"
+    column = {
+        (row["type"], row["what"], row["maker"]): _refusal(row)
+        if row["outcome"] == "refused"
+        else row["outcome"]
+        for row in found["rows"]
+    }
+    made = {row["type"] for row in found["rows"] if row["outcome"] not in NOT_HERE}
+    for kind, reason in found["no_values"].items():
+        column[kind, reason, ""] = "from a node" if kind in made else "no values"
     return column
 
 
@@ -78,8 +70,19 @@ def _refusal(row: Mapping[str, Any]) -> str:
 
 def missing(found: Mapping[str, Any]) -> set[str]:
     """Types of this ComfyUI that no sample is of."""
-    present = {row["type"] for row in found["rows"] if row["outcome"] != "absent"}
-    return set(found["types"]) - present - set(_NO_VALUES)
+    present = {row["type"] for row in found["rows"] if row["outcome"] not in NOT_HERE}
+    return set(found["types"]) - present - set(found["no_values"])
+
+
+def not_from_nodes(found: Mapping[str, Any]) -> dict[str, str]:
+    """Types that core nodes of this ComfyUI give, and no row has from one; with the reason that it says."""
+    made = {row["type"] for row in found["rows"] if row["by_node"] and row["outcome"] not in NOT_HERE}
+    reasons = {
+        row["type"]: row["why"] for row in found["rows"] if row["why"] and row["outcome"] not in NOT_HERE
+    }
+    return {
+        kind: reasons.get(kind, "") for kind, nodes in found["types"].items() if nodes and kind not in made
+    }
 
 
 def table(columns: Mapping[str, Mapping[tuple[str, str, str], str]]) -> str:
@@ -87,9 +90,8 @@ def table(columns: Mapping[str, Mapping[tuple[str, str, str], str]]) -> str:
         f"| type | value | made by | {' | '.join(columns)} |",
         f"|---|---|---|{'---|' * len(columns)}",
     ]
-    rows = {row for column in columns.values() for row, cell in column.items() if cell}
-    for row in sorted(rows):
-        said = [column.get(row, "") or "-" for column in columns.values()]
+    for row in sorted({row for column in columns.values() for row in column}):
+        said = [column.get(row, "no such type") for column in columns.values()]
         lines.append(f"| `{row[0]}` | {row[1]} | {row[2]} | {' | '.join(said)} |")
     return "\n".join(lines)
 
@@ -103,8 +105,7 @@ def committed() -> dict[str, dict[tuple[str, str, str], str]]:
     for line in lines:
         kind, what, maker, *said = (cell.strip() for cell in line.split("|")[1:-1])
         for version, cell in zip(versions, said, strict=True):
-            if cell != "-":
-                columns[version][kind.strip("`"), what, maker] = cell
+            columns[version][kind.strip("`"), what, maker] = cell
     return columns
 
 
@@ -122,6 +123,8 @@ def main(paths: Sequence[str]) -> None:
             found = observe(python, Path(path), arguments, Path(folder))
         columns[found["version"]] = cells(found)
         print(found["version"], "without a sample:", sorted(missing(found)) or "none")
+        nested = found["nested"]
+        print(nested["cases"], "nested of", nested["of"], "wrong:", nested["wrong"] or "none")
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     DOCUMENT.write_text(f"{before}{BEGIN}\n\n{table(columns)}\n\n{END}{after}", encoding="utf-8")
