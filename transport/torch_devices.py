@@ -28,7 +28,14 @@ class _DeviceMemory:
 
 
 class TorchDevices:
-    """torch's own devices, by the ids that all processes of a machine agree on."""
+    """torch's own devices, by the ids that all processes of a machine agree on.
+
+    What it knows of GPUs in use it keeps: asking takes 0.1 to 0.3 ms, and the answer stays the same.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._found: dict[str, torch.device] = {}
 
     def identify(self, device: torch.device) -> tuple[str, str] | None:
         kind = device.type
@@ -37,7 +44,12 @@ class TorchDevices:
         if kind == "mps":  # a machine has one
             return kind, ""
         if kind in ("cuda", "xpu"):
-            uuid = self._uuid(kind, device.index or 0)
+            index = device.index or 0
+            uuid = self._names.get(index) if kind == "cuda" else None
+            if uuid is None:
+                uuid = self._uuid(kind, index)
+                if kind == "cuda" and self.initialized():
+                    self._names[index] = uuid
             if uuid:
                 return kind, uuid
         raise LookupError(f"tensors of device {device} can't be sent; pass .cpu()")
@@ -47,10 +59,16 @@ class TorchDevices:
             return torch.device("mps") if torch.backends.mps.is_available() else None
         if kind not in ("cuda", "xpu"):
             return None
+        found = self._found.get(uuid) if kind == "cuda" else None
+        if found is not None:
+            return found
         module: Any = getattr(torch, kind)
         for index in range(module.device_count() if module.is_available() else 0):
             if self._uuid(kind, index) == uuid:
-                return torch.device(kind, index)
+                found = torch.device(kind, index)
+                if kind == "cuda" and self.initialized():
+                    self._found[uuid] = found
+                return found
         return None
 
     @staticmethod

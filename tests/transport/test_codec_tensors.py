@@ -443,6 +443,13 @@ def test_torchs_own_devices_are_the_default(store: FakeStore) -> None:
 class FakeCuda:
     """As much of torch.cuda as naming devices takes."""
 
+    in_use = False
+    asked = 0
+
+    @classmethod
+    def is_initialized(cls) -> bool:
+        return cls.in_use
+
     @staticmethod
     def is_available() -> bool:
         return True
@@ -451,22 +458,38 @@ class FakeCuda:
     def device_count() -> int:
         return 2
 
-    @staticmethod
-    def get_device_properties(index: int) -> Any:
+    @classmethod
+    def get_device_properties(cls, index: int) -> Any:
+        cls.asked += 1
         return type("Properties", (), {"uuid": f"GPU-{index}"})
 
 
 def test_cuda_devices_are_matched_by_uuid_not_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    from legion_shm.transport.torch_devices import TORCH_DEVICES
+    from legion_shm.transport.torch_devices import TorchDevices
 
     monkeypatch.setattr(torch, "cuda", FakeCuda)
-    assert TORCH_DEVICES.identify(torch.device("cuda", 1)) == ("cuda", "GPU-1")
-    assert TORCH_DEVICES.locate("cuda", "GPU-1") == torch.device("cuda", 1)
-    assert TORCH_DEVICES.locate("cuda", "GPU-7") is None
-    assert TORCH_DEVICES.locate("abacus", "GPU-1") is None
-    assert TORCH_DEVICES.identify(torch.device("cpu")) is None
+    devices = TorchDevices()
+    assert devices.identify(torch.device("cuda", 1)) == ("cuda", "GPU-1")
+    assert devices.locate("cuda", "GPU-1") == torch.device("cuda", 1)
+    assert devices.locate("cuda", "GPU-7") is None
+    assert devices.locate("abacus", "GPU-1") is None
+    assert devices.identify(torch.device("cpu")) is None
     with pytest.raises(LookupError, match="xla"):
-        TORCH_DEVICES.identify(torch.device("xla", 0))
+        devices.identify(torch.device("xla", 0))
+
+
+def test_cuda_devices_in_use_are_asked_for_their_ids_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from legion_shm.transport.torch_devices import TorchDevices
+
+    monkeypatch.setattr(torch, "cuda", FakeCuda)
+    monkeypatch.setattr(FakeCuda, "in_use", True)
+    devices = TorchDevices()
+    asked: list[int] = []
+    for _ in range(3):
+        assert devices.identify(torch.device("cuda", 1)) == ("cuda", "GPU-1")
+        assert devices.locate("cuda", "GPU-1") == torch.device("cuda", 1)
+        asked.append(FakeCuda.asked)
+    assert asked[0] == asked[2]
 
 
 # --- any nesting of everything -------------------------------------------------------------------------
