@@ -85,6 +85,15 @@ class Hoard(_Node):
         return (torch.cuda.memory_reserved(),)
 
 
+class OnGpu(_Node):
+    """``value`` ones on the device, which nobody sent."""
+
+    def run(self, value: int) -> tuple[Any]:
+        import torch
+
+        return (torch.ones(int(value), device="cuda"),)
+
+
 NODE_CLASS_MAPPINGS = {
-    kind.__name__: kind for kind in (Describe, Double, WriteInPlace, SideStream, TakeAll, Hoard)
+    kind.__name__: kind for kind in (Describe, Double, WriteInPlace, SideStream, TakeAll, Hoard, OnGpu)
 }

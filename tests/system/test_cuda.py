@@ -1,4 +1,4 @@
-"""Tensors of a real GPU: they cross through host memory and arrive on the same device, found by its UUID."""
+"""Tensors of a real GPU: they cross within its memory, or through main memory, and arrive where they were."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests import needs
 from tests.system.support import (
     REPO,
     Gate,
+    in_threads,
     only_worker,
     pid_of,
     run_script,
@@ -52,9 +53,12 @@ def run(legion: Supervisor, class_type: str, value: object, *, on: WorkerSpec | 
     return job.result(timeout=120)["output_1"]
 
 
-@pytest.fixture(scope="module")
-def legion() -> Iterator[Supervisor]:
-    with Supervisor() as supervisor:
+WAYS = {"within the GPU": 1 << 30, "through main memory": 0}
+
+
+@pytest.fixture(scope="module", params=list(WAYS.values()), ids=list(WAYS))
+def legion(request: pytest.FixtureRequest) -> Iterator[Supervisor]:
+    with Supervisor(gpu_arena_quota_bytes=request.param) as supervisor:
         yield supervisor
 
 
@@ -207,6 +211,109 @@ def test_a_dropped_tensor_of_the_gpu_holds_no_block_of_the_arena(legion: Supervi
     for _ in range(20):
         run(legion, "Double", torch.ones(8 * MIB // 4, device="cuda"))
     assert sum(worker.arena_bytes for worker in legion.workers()) <= before
+
+
+# --- within the GPU's memory ---------------------------------------------------------------------------
+
+
+def script(tmp_path: Path, body: str, env: dict[str, str] | None = None) -> list[str]:
+    """What a program of its own prints; it has ``legion``, ``spec`` and ``passed(value)``."""
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import torch\n"
+        "from legion_shm import Supervisor, WorkerSpec\n"
+        "def main():\n"
+        f"    spec = WorkerSpec(engine='graph', node_modules=[{str(NODES)!r}])\n"
+        f"    flow = {flow('Double')!r}\n"
+        "    with Supervisor() as legion:\n"
+        "        def doubled(value):\n"
+        "            return legion.submit(flow, inputs=[value], spec=spec).result(timeout=120)['output_1']\n"
+        + "".join(f"        {line}\n" for line in body.splitlines())
+        + "main()\n"
+    )
+    done = run_script(str(path), cwd=REPO, within_s=150, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_nothing_of_a_gpus_tensor_is_in_main_memory() -> None:
+    with Supervisor() as legion:
+        sent = torch.randn(25 * MIB // 4, device="cuda")
+        for _ in range(3):
+            assert same_bits(run(legion, "Double", sent), sent * 2)
+        worker = only_worker(legion)
+        assert worker.gpu_arena_bytes >= 25 * MIB
+        assert worker.arena_bytes == 0
+        assert legion._memory.stats().total_bytes == 0
+
+
+@pytest.mark.parametrize("conf", ["backend:cudaMallocAsync", "expandable_segments:True"])
+def test_whatever_allocator_torch_uses_on_either_side(tmp_path: Path, conf: str) -> None:
+    body = (
+        "sent = torch.arange(1 << 20, device='cuda')\n"
+        "results = [bool((doubled(sent) == 2 * sent).all()) for _ in range(3)]\n"
+        "print(results.count(True), legion.workers()[0].gpu_arena_bytes > 0, legion.workers()[0].arena_bytes)"
+    )
+    printed = script(tmp_path, body, {"PYTORCH_CUDA_ALLOC_CONF": conf})
+    assert printed == ["3", "True", "0"]
+
+
+def test_results_of_the_gpu_come_to_a_program_that_had_not_used_it(tmp_path: Path) -> None:
+    body = (
+        "flow['node']['class_type'] = 'OnGpu'\n"
+        "print(torch.cuda.is_initialized())\n"
+        "print(float(doubled(1 << 20).sum()) == 1 << 20, torch.cuda.is_initialized())\n"
+        "import time\n"
+        "time.sleep(1.1)\n"
+        "print(float(doubled(1 << 20).sum()) == 1 << 20, legion.workers()[0].gpu_arena_bytes > 0)"
+    )
+    assert script(tmp_path, body) == ["False", "True", "True", "True", "True"]
+
+
+def test_threads_with_streams_of_their_own_get_their_own_bytes(legion: Supervisor) -> None:
+    cuda: Any = torch.cuda
+
+    def work(number: int) -> None:
+        with cuda.stream(cuda.Stream()):
+            for round_ in range(5):
+                sent = torch.full((4 * MIB,), float(number * 100 + round_), device="cuda")
+                back = run(legion, "Double", sent)
+                assert bool((back == 2 * (number * 100 + round_)).all())
+
+    in_threads(4, work)
+
+
+def test_inference_mode_on_this_side_changes_nothing(legion: Supervisor) -> None:
+    with torch.inference_mode():
+        sent = torch.randn(MIB, device="cuda")
+        back = run(legion, "Double", sent)
+    assert not back.is_inference()
+    back += 1
+    assert same_bits(back, sent * 2 + 1)
+    assert same_bits(run(legion, "Double", back), back * 2)
+
+
+def test_a_result_outlives_its_killed_worker_and_unused_memory_goes_back() -> None:
+    torch.cuda.empty_cache()
+    with Supervisor(idle_trim_s=0.2) as legion:
+        job = legion.submit(flow("OnGpu"), inputs=[64 * MIB], spec=on_gpu())
+        assert job.exception(timeout=120) is None
+        free_before, _ = torch.cuda.mem_get_info()
+        os.kill(pid_of(only_worker(legion)), needs.KILL)
+        wait_for(lambda: not legion.workers(), "the worker is gone")
+        assert legion._memory.gpu._segments
+        assert bool((job.result()["output_1"] == 1).all())
+        torch.cuda.empty_cache()
+        wait_for(
+            lambda: torch.cuda.mem_get_info()[0] >= free_before + 200 * MIB,
+            "what was shared and what the worker had is the driver's again",
+        )
+
+
+def test_what_doctor_says_of_the_gpu() -> None:
+    from legion_shm.transport.gpu_probe import probe
+
+    assert "opened by another process" in probe(str(torch.cuda.get_device_properties(0).uuid))
 
 
 def test_this_module_ran_against_a_real_driver() -> None:
