@@ -144,6 +144,10 @@ def _shared_memory(report: Report) -> None:
     report.add(
         section, "pagemap", *_outcome(_try_pagemap, "readable: views nobody wrote to go on without a copy")
     )
+    if sys.platform == "linux":
+        report.add(
+            section, "huge pages", *_outcome(_try_huge_pages, "yes: large tensors are mapped 2 MiB at a time")
+        )
     report.add(
         section, "born in the arena", *_outcome(_try_born, "yes: what nodes make leaves without a copy")
     )
@@ -223,6 +227,13 @@ def _try_pagemap() -> None:
         raise OSError(
             "/proc/self/pagemap hides this process's own pages; received tensors are copied when sent on"
         )
+
+
+def _try_huge_pages() -> None:
+    from legion_shm.transport.huge_pages import huge_pages_problem
+
+    if problem := huge_pages_problem():
+        raise OSError(f"{problem}; large tensors take longer to be mapped")
 
 
 def _try_job_object() -> None:

@@ -12,7 +12,6 @@ the next whole-segment mapping, called a lane.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -24,21 +23,24 @@ from threading import Lock
 from legion_shm.errors import InvalidHandle
 from legion_shm.transport.dirty import may_be_written
 from legion_shm.transport.handles import BLOCK_ALIGN, round_up
+from legion_shm.transport.huge_pages import fill_with_huge_pages
+from legion_shm.transport.mappings import (
+    MADV_DONTNEED,
+    MADV_POPULATE_READ,
+    MADV_POPULATE_WRITE,
+    MAP_NORESERVE,
+    advise,
+    map_file,
+    map_over,
+    unmap,
+)
 from legion_shm.transport.segment import BlockMapping, Segment, SegmentKind
 from legion_shm.transport.spans import Spans
 
 __all__ = ["MemfdSegment"]
 
-# <linux/mman.h> and <linux/memfd.h>; the mmap and os modules of Python 3.10 to 3.12 lack these.
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_MADV_DONTNEED = 4
-_MADV_POPULATE_READ = 22
-_MADV_POPULATE_WRITE = 23
+# <linux/memfd.h> and <linux/fcntl.h>; the os and fcntl modules of Python 3.10 to 3.12 lack these.
 _MFD_NOEXEC_SEAL = 0x8
-_MAP_FAILED = ctypes.c_void_p(-1).value
-_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-
 _F_ADD_SEALS = 1033
 _F_GET_SEALS = 1034
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: nobody can resize it under a reader
@@ -51,41 +53,21 @@ _POPULATE_MAX_BYTES = 256 * 1024 * 1024
 """Larger blocks are mapped page by page as they are read: a model's weights may be delivered often and read
 the first time only."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-]  # fmt: skip
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def _mmap(address: int | None, nbytes: int, flags: int, fd: int, offset: int) -> int:
-    result: int | None = _libc.mmap(address, nbytes, _READ_WRITE, flags, fd, offset)
-    if result is None or result == _MAP_FAILED:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mmap of {nbytes} bytes: {os.strerror(code)}")
-    return result
-
-
-def _munmap(address: int, nbytes: int) -> None:
-    _libc.munmap(address, nbytes)
-
 
 class _Memory:
     """One mapping, unmapped when the last reference to this object goes."""
 
     def __init__(self, nbytes: int, flags: int, fd: int, offset: int = 0) -> None:
         self.nbytes = nbytes
-        self.address = _mmap(None, nbytes, flags, fd, offset)
+        self.address = map_file(nbytes, flags, fd, offset)
         # Only a system call: this may run inside a garbage collection, in any thread.
-        weakref.finalize(self, _munmap, self.address, nbytes).atexit = False
+        weakref.finalize(self, unmap, self.address, nbytes).atexit = False
         self._populated = Spans()
 
     def populate(self, offset: int, nbytes: int, advice: int) -> None:
         """Map these pages now, unless this was done. A hint: older kernels refuse it, then faults do it."""
         if not self._populated.covers(offset, offset + nbytes):
-            _libc.madvise(self.address + offset, nbytes, advice)
+            advise(self.address + offset, nbytes, advice)
             self._populated.add(offset, offset + nbytes)
 
     def forget_populated(self, offset: int, nbytes: int) -> None:
@@ -96,7 +78,7 @@ class _Lane(_Memory):
     """A whole segment mapped copy-on-write, and the spans of it that are viewed now."""
 
     def __init__(self, nbytes: int, fd: int) -> None:
-        super().__init__(nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd)
+        super().__init__(nbytes, mmap.MAP_PRIVATE | MAP_NORESERVE, fd)
         self._viewed: list[tuple[int, int]] = []
 
     def claim(self, offset: int, end: int) -> bool:
@@ -130,7 +112,7 @@ class _LaneMapping(BlockMapping):
                 return
             self._released = True
         if self.dirty(0, self.nbytes):
-            dropped = _libc.madvise(self.address, self.nbytes, _MADV_DONTNEED) == 0
+            dropped = advise(self.address, self.nbytes, MADV_DONTNEED) == 0
             with self._lock:
                 self._lane.forget_populated(self._offset, self.nbytes)
             if not dropped:
@@ -144,9 +126,9 @@ class _OwnMapping(BlockMapping):
     """One block mapped for one delivery, unmapped with it."""
 
     def __init__(self, fd: int, offset: int, nbytes: int) -> None:
-        self._memory: _Memory | None = _Memory(nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd, offset)
+        self._memory: _Memory | None = _Memory(nbytes, mmap.MAP_PRIVATE | MAP_NORESERVE, fd, offset)
         if nbytes <= _POPULATE_MAX_BYTES:
-            self._memory.populate(0, nbytes, _MADV_POPULATE_READ)
+            self._memory.populate(0, nbytes, MADV_POPULATE_READ)
         self.address = self._memory.address
         self.nbytes = nbytes
 
@@ -175,6 +157,8 @@ class MemfdSegment(Segment):
     def create(cls, nbytes: int, *, name_prefix: str) -> MemfdSegment:
         fd = _memfd_create(f"{name_prefix}segment")
         try:
+            os.ftruncate(fd, nbytes)
+            fill_with_huge_pages(fd, nbytes)
             # Without it, a shortage of memory would show as SIGBUS at the first touch of a page.
             os.posix_fallocate(fd, 0, nbytes)
             fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
@@ -222,7 +206,7 @@ class MemfdSegment(Segment):
         # First copy of 25 MB into allocated pages: 4.5 ms by faults, 1.0 + 0.9 ms with this; warm 0.9.
         memory = self._shared_memory()
         with self.lock:
-            memory.populate(offset, round_up(nbytes), _MADV_POPULATE_WRITE)
+            memory.populate(offset, round_up(nbytes), MADV_POPULATE_WRITE)
             self._cold.remove(offset, offset + round_up(nbytes))
 
     def map_block(self, offset: int, nbytes: int) -> BlockMapping:
@@ -240,7 +224,7 @@ class MemfdSegment(Segment):
                 return _OwnMapping(fd, offset, span)
             # First read of 25 MB: 0.7 ms by faults, 0.4 ms with this.
             if span <= _POPULATE_MAX_BYTES:
-                lane.populate(offset, span, _MADV_POPULATE_READ)
+                lane.populate(offset, span, MADV_POPULATE_READ)
         return _LaneMapping(self, lane, offset, span)
 
     def isolate(self, offset: int, nbytes: int) -> bool:
@@ -268,7 +252,7 @@ class MemfdSegment(Segment):
                 if end - start > _WARM_STEP_BYTES:
                     end = start + _WARM_STEP_BYTES
                     self._cold.add(end, span[1])
-                self._shared.populate(start, end - start, _MADV_POPULATE_WRITE)
+                self._shared.populate(start, end - start, MADV_POPULATE_WRITE)
 
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
         if self._fd < 0:
@@ -282,12 +266,12 @@ class MemfdSegment(Segment):
     def _remap(self, offset: int, span: int, *, isolated: bool) -> bool:
         if span <= 0 or offset < 0 or offset % BLOCK_ALIGN or offset + span > self.nbytes:
             raise ValueError(f"{span} bytes at {offset} are not pages of this segment")
-        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if isolated else mmap.MAP_SHARED
+        flags = mmap.MAP_PRIVATE | MAP_NORESERVE if isolated else mmap.MAP_SHARED
         with self.lock:
             memory = self._shared
             if memory is None or self._fd < 0:
                 return False
-            _mmap(memory.address + offset, span, flags | _MAP_FIXED, self._fd, offset)
+            map_over(memory.address + offset, span, flags, self._fd, offset)
             memory.forget_populated(offset, span)
             # Cold pages are never isolated ones: to populate those for writing would copy them.
             gains, loses = (self._isolated, self._cold) if isolated else (self._cold, self._isolated)

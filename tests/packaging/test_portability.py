@@ -52,7 +52,7 @@ import importlib, pathlib, pkgutil, shlex, sysconfig, types
 sys.platform = "win32"  # what is there instead is taken: the module below stands in for Windows' own
 sys.modules["msvcrt"] = types.ModuleType("msvcrt")
 import legion_shm
-LINUX_ALONE = {"legion_shm.transport.segment_memfd"}
+LINUX_ALONE = {f"legion_shm.transport.{name}" for name in ("segment_memfd", "mappings", "huge_pages")}
 for package in ("legion_shm", "legion_shm.transport", "legion_shm.supervisor"):
     own = importlib.import_module(package).__path__[:1]  # a checkout without symbolic links adds its root
     for info in pkgutil.iter_modules(own, package + "."):

@@ -53,6 +53,40 @@ def test_the_shim_withstands_threads_reallocs_late_frees_and_forks(cache: Path, 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+REGIONS = """
+import ctypes, os
+library, page, huge = ctypes.CDLL(None), 4096, 2 << 20
+library.legion_born_reserve.argtypes = [ctypes.c_uint64]
+library.legion_born_serve.argtypes = [ctypes.c_uint64]
+library.legion_born_add.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64]
+assert library.legion_born_reserve(1 << 32) == 0
+library.legion_born_serve(huge)
+for segment in (1, 2, 3):
+    fd = os.memfd_create("region")
+    os.ftruncate(fd, huge + segment * page)
+    assert library.legion_born_add(fd, huge + segment * page, segment) == 0
+for segment in (1, 2, 3):
+    block = ctypes.c_void_p()
+    assert library.posix_memalign(ctypes.byref(block), 64, huge + segment * page) == 0
+    print(block.value % huge)
+"""
+
+
+@needs_compiler
+def test_each_region_lies_so_that_huge_pages_can_be_mapped_whole(cache: Path) -> None:
+    library, reason = library_path()
+    assert library is not None, reason
+    done = subprocess.run(
+        [sys.executable, "-c", REGIONS],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == ["0", "0", "0"]
+
+
 @needs_compiler
 def test_it_is_built_once_into_a_folder_of_the_users_alone(cache: Path) -> None:
     library, _ = library_path()

@@ -417,7 +417,7 @@ def test_a_view_whose_pages_cannot_be_dropped_is_never_handed_out_again(
 
     first = memfd.map_block(0, PAGE)
     put(first.address, b"stale")
-    monkeypatch.setattr(segment_memfd, "_MADV_DONTNEED", -1)
+    monkeypatch.setattr(segment_memfd, "MADV_DONTNEED", -1)
     first.release()
     put(memfd.shared_address(), b"fresh")
     assert get(memfd.map_block(0, PAGE).address, 5) == b"fresh"

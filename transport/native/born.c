@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #define PAGE ((size_t)4096)
+#define HUGE_PAGE ((size_t)2 << 20)
 #define REGIONS 256
 #define EXTENTS_PER_CHUNK 1024
 #ifndef MADV_POPULATE_WRITE
@@ -401,19 +402,22 @@ EXPORT void legion_born_serve(uint64_t from_bytes) {
     pthread_mutex_unlock(&lock);
 }
 
-/* A region over the whole of a memfd, at the first gap that is large enough; 0, or an errno. */
+static uintptr_t to_huge_page(uintptr_t address) { return (address + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1); }
+
+/* A region over the whole of a memfd, at the first gap that is large enough; 0, or an errno. It lies so that the
+ * file's huge pages are mapped whole. */
 EXPORT int legion_born_add(int fd, uint64_t nbytes, uint64_t segment) {
     int result = ENOSPC, slot = -1, own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     if (own < 0) return errno;
     pthread_mutex_lock(&lock);
     for (int i = 0; i < REGIONS && slot < 0; i++)
         if (!regions[i].nbytes) slot = i;
-    uintptr_t at = base;
+    uintptr_t at = to_huge_page(base);
     for (int moved = 1; moved;) {
         moved = 0;
         for (int i = 0; i < REGIONS; i++)
             if (regions[i].nbytes && at < regions[i].start + regions[i].nbytes && regions[i].start < at + nbytes) {
-                at = regions[i].start + regions[i].nbytes;
+                at = to_huge_page(regions[i].start + regions[i].nbytes);
                 moved = 1;
             }
     }
