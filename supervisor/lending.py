@@ -109,6 +109,9 @@ class Lending:
 
     def end_job(self, job: str) -> None:
         self.table.drop_holder(_holder(job))
+        if self._memory.ordinary:  # this job did not wait for them, and the next ones gain
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                self._helpers.submit(self._memory.condense)
 
     def lend(self, worker: WorkerIO, packed: PackedValues) -> tuple[BlockHandle, ...]:
         """Leases for a worker that is about to be sent these values; gives its blocks that are free."""

@@ -83,6 +83,7 @@ class MasterMemory:
         self._returned: deque[BlockHandle] = deque()
         self._deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()
         self.forgotten: deque[str] = deque()
+        self._ordinary: deque[Segment] = deque()
         self._closed = False
         generations = itertools.count(1)
         self.gpu = MasterGpu(
@@ -284,7 +285,26 @@ class MasterMemory:
                 raise ArenaFull("the supervisor is closed")
             self._segments.setdefault(arena, {})[segment_id] = segment
         self._attachments.add(arena, segment_id, segment)
+        if segment.ordinary:
+            self._ordinary.append(segment)
         return segment_id, segment
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether segments, of any arena, were made of ordinary pages and might be of huge ones."""
+        return bool(self._ordinary)
+
+    def condense(self) -> None:
+        """Make huge pages of them, for whoever maps them next. Takes up to 1 ms per MiB, once."""
+        while self._ordinary:
+            try:
+                segment = self._ordinary.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                segment.condense()
+            except OSError as error:  # short of descriptors or addresses: they stay as they are
+                _log.debug("a segment stays in ordinary pages: %s", error)
 
     def segment(self, arena: int, segment_id: int) -> Segment | None:
         return self._segments.get(arena, {}).get(segment_id)

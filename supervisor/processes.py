@@ -6,6 +6,7 @@ which socket identity and which descriptor belongs to which. It knows no jobs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -23,11 +24,12 @@ from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.supervisor.zygote import Request
 from legion_shm.supervisor.zygotes import Zygotes
 from legion_shm.transport.channel import ServerChannel
+from legion_shm.transport.codec_plan import load_handlers
 from legion_shm.transport.frames import encode_message
 from legion_shm.transport.messages import (
     Message,
 )
-from legion_shm.transport.segment import SegmentKind
+from legion_shm.transport.segment import SegmentKind, prepare_segments
 
 __all__ = ["Post", "Processes"]
 
@@ -37,6 +39,12 @@ _STATUS_LOOK_S = 0.01  # until the word about an exit has come from where it is 
 
 Post = Callable[[Callable[[float], None]], None]
 """Have the loop call something, with the time, on its own thread."""
+
+
+def _prepare(kind: SegmentKind) -> None:
+    """What the first tensor needs, for which somebody waits, while its worker is being started."""
+    prepare_segments(kind)
+    load_handlers()
 
 
 class Processes:
@@ -58,6 +66,7 @@ class Processes:
         self._workers: dict[str, WorkerIO] = {}
         self._by_identity: dict[bytes, WorkerIO] = {}
         self._by_fd: dict[int, WorkerIO] = {}
+        self._first = True
 
     def __iter__(self) -> Iterator[WorkerIO]:
         return iter(tuple(self._workers.values()))
@@ -93,6 +102,10 @@ class Processes:
         worker = WorkerIO(worker_id, spec, settings.log_tail_lines)
         worker.engine = spec.engine
         self._workers[worker.id] = worker
+        if self._first:
+            self._first = False
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                self._helpers.submit(_prepare, kind)
         try:
             worker.endpoint = endpoint = self._channel.admit(worker.identities)
         except (LegionError, OSError) as error:

@@ -15,7 +15,7 @@ from legion_shm.supervisor.torch_library import torch_library_loading
 
 __all__ = ["NotToBePreloaded", "preload"]
 
-_HOST = ("psutil", "legion_shm.supervisor.host")
+_HOST = ("psutil", "legion_shm.supervisor.host", "legion_shm.transport.segment_memfd")
 _GRAPH = (
     "numpy",
     "torch",

@@ -6,6 +6,10 @@ copy-on-write and to look through it for writes takes a hundredth of the time. N
 could not be had is filled with ordinary pages, by whoever made the file.
 
     new file ── one page in each 2 MiB ── MADV_COLLAPSE ──▶ huge pages, cleared once and mapped whole
+    ordinary pages, in use ── MADV_COLLAPSE ──▶ huge pages with the same bytes, for whoever maps them next
+
+Where huge pages take longer than ordinary ones (the machine's memory is in pieces, or was given back to the
+machine around it), nobody waits for them: what is left is condensed once it has been used.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import errno
 import functools
 import mmap
 import os
+from typing import NamedTuple
 
 from legion_shm.clock import monotonic_s
 from legion_shm.transport.dirty import may_be_written
@@ -28,25 +33,41 @@ from legion_shm.transport.mappings import (
     unmap,
 )
 
-__all__ = ["fill_with_huge_pages", "huge_pages_problem"]
-
-_STEP_BYTES = 8 * HUGE_PAGE_BYTES
-_GRACE_S = 0.02
-_SLOWEST_S_PER_BYTE = 1.5e-9
-"""1.5 ms per MiB; 0.1 are usual, 0.25 by ordinary pages. Memory in pieces has to be put together first."""
+__all__ = ["condense", "fill_with_huge_pages", "huge_pages_problem"]
 
 _NOT_THIS_ONE = (errno.EAGAIN, errno.EBUSY)
 
 
-def fill_with_huge_pages(fd: int, nbytes: int) -> int:
-    """Allocate a new memfd's memory in huge pages, as far as there are any: so many bytes were tried.
+class _Patience(NamedTuple):
+    """``step_bytes`` at a time, and no more once they take ``grace_s`` and ``s_per_byte`` longer."""
 
-    What it leaves has no memory, or ordinary pages. Raises OSError where memory is short.
+    step_bytes: int
+    grace_s: float
+    s_per_byte: float
+
+
+_MAKING = _Patience(HUGE_PAGE_BYTES, 0.001, 0.4e-9)  # usual: 0.1 ms per MiB; ordinary pages: 0.25
+_LATER = _Patience(8 * HUGE_PAGE_BYTES, 0.05, 2e-9)  # cold memory: 0.9 ms per MiB
+
+
+def fill_with_huge_pages(fd: int, nbytes: int) -> tuple[int, int]:
+    """Allocate a new memfd's memory in huge pages from its start on, while that is quick.
+
+    The answer is what may be condensed later, from where to where: it has no memory yet, or ordinary pages.
+    Raises OSError where memory is short.
     """
     whole = nbytes - nbytes % HUGE_PAGE_BYTES
     if not whole or huge_pages_problem():
-        return 0
-    return _fill(fd, whole)[0]
+        return whole, whole
+    return _fill(fd, 0, whole, _MAKING)[0], whole
+
+
+def condense(fd: int, start: int, end: int) -> None:
+    """Put that part of a memfd's memory, in use or not, into huge pages, as far as there are any.
+
+    Both ends are those of huge pages. Takes 0.3 to 1 ms per MiB, from any thread.
+    """
+    _fill(fd, start, end, _LATER)
 
 
 @functools.cache
@@ -66,7 +87,7 @@ def huge_pages_problem() -> str:
 
 
 def _problem_of(fd: int) -> str:
-    _, code = _fill(fd, HUGE_PAGE_BYTES)
+    _, code = _fill(fd, 0, HUGE_PAGE_BYTES, _LATER)
     if code:
         return f"the kernel makes none of a memfd (MADV_COLLAPSE: {os.strerror(code)})"
     private = map_file(HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | MAP_NORESERVE, fd)
@@ -83,20 +104,21 @@ def _problem_of(fd: int) -> str:
     return ""
 
 
-def _fill(fd: int, nbytes: int) -> tuple[int, int]:
+def _fill(fd: int, start: int, end: int, patience: _Patience) -> tuple[int, int]:
     """How far it came, and the last errno."""
     started_s = monotonic_s()
     code = 0
-    address = map_file(nbytes, mmap.MAP_SHARED, fd)
+    address = map_file(end - start, mmap.MAP_SHARED, fd, start)
     try:
-        for start in range(0, nbytes, _STEP_BYTES):
-            end = min(start + _STEP_BYTES, nbytes)
-            for page in range(start, end, HUGE_PAGE_BYTES):
+        for low in range(start, end, patience.step_bytes):
+            high = min(low + patience.step_bytes, end)
+            for page in range(low, high, HUGE_PAGE_BYTES):
                 os.posix_fallocate(fd, page, mmap.PAGESIZE)  # of nothing at all the kernel makes no huge page
-            code = advise(address + start, end - start, MADV_COLLAPSE)
-            took_s = monotonic_s() - started_s
-            if (code and code not in _NOT_THIS_ONE) or took_s > _GRACE_S + end * _SLOWEST_S_PER_BYTE:
-                return end, code
-        return nbytes, code
+            code = advise(address + low - start, high - low, MADV_COLLAPSE)
+            if code and code not in _NOT_THIS_ONE:
+                return low, code
+            if monotonic_s() - started_s > patience.grace_s + (high - start) * patience.s_per_byte:
+                return high, code
+        return end, code
     finally:
-        unmap(address, nbytes)
+        unmap(address, end - start)

@@ -25,6 +25,7 @@ __all__ = [
     "attach_segment",
     "available_memory_bytes",
     "create_segment",
+    "prepare_segments",
     "supported_kinds",
 ]
 
@@ -100,6 +101,14 @@ class Segment(ABC):
     def warm(self) -> None:  # noqa: B027 - most kinds have nothing to do
         """Owner: map them now, from any thread; who reserves them meanwhile does it otherwise."""
 
+    @property
+    def ordinary(self) -> bool:
+        """Maker: whether it has ordinary pages that might be huge ones."""
+        return False
+
+    def condense(self) -> None:  # noqa: B027 - most kinds have nothing to do
+        """Maker: make huge pages of them, once, from any thread, while everybody goes on using them."""
+
     @abstractmethod
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
         """Owner: whether the shared mapping still shows what others see and can be isolated."""
@@ -152,6 +161,14 @@ def attach_segment(kind: SegmentKind, descriptor: int | str, nbytes: int) -> Seg
     if not isinstance(descriptor, str):
         raise InvalidHandle(f"a portable segment comes as a name, not as {descriptor!r}")
     return PortableSegment.attach(descriptor, nbytes)
+
+
+def prepare_segments(kind: SegmentKind) -> None:
+    """Learn now what the first segment would learn about this machine (1 ms)."""
+    if kind == "memfd":
+        from legion_shm.transport.huge_pages import huge_pages_problem
+
+        huge_pages_problem()
 
 
 def supported_kinds() -> dict[str, str]:

@@ -23,7 +23,7 @@ from threading import Lock
 from legion_shm.errors import InvalidHandle
 from legion_shm.transport.dirty import may_be_written
 from legion_shm.transport.handles import BLOCK_ALIGN, round_up
-from legion_shm.transport.huge_pages import fill_with_huge_pages
+from legion_shm.transport.huge_pages import condense, fill_with_huge_pages
 from legion_shm.transport.mappings import (
     MADV_DONTNEED,
     MADV_POPULATE_READ,
@@ -151,6 +151,7 @@ class MemfdSegment(Segment):
         self._shared: _Memory | None = None
         self._isolated = Spans()  # copy-on-write for their owner
         self._cold = Spans()  # shared again, and not mapped yet
+        self._ordinary = Spans()  # pages that were not huge when it was made
         self._lanes: list[_Lane] = []
 
     @classmethod
@@ -158,14 +159,16 @@ class MemfdSegment(Segment):
         fd = _memfd_create(f"{name_prefix}segment")
         try:
             os.ftruncate(fd, nbytes)
-            fill_with_huge_pages(fd, nbytes)
+            later = fill_with_huge_pages(fd, nbytes)
             # Without it, a shortage of memory would show as SIGBUS at the first touch of a page.
             os.posix_fallocate(fd, 0, nbytes)
             fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd, nbytes)
+        segment = cls(fd, nbytes)
+        segment._ordinary.add(*later)
+        return segment
 
     @classmethod
     def attach(cls, fd: int, nbytes: int) -> MemfdSegment:
@@ -253,6 +256,21 @@ class MemfdSegment(Segment):
                     end = start + _WARM_STEP_BYTES
                     self._cold.add(end, span[1])
                 self._shared.populate(start, end - start, MADV_POPULATE_WRITE)
+
+    @property
+    def ordinary(self) -> bool:
+        return bool(self._ordinary)
+
+    def condense(self) -> None:
+        with self.lock:
+            span = self._ordinary.take()
+            if span is None or self._fd < 0:
+                return
+            fd = os.dup(self._fd)
+        try:
+            condense(fd, *span)
+        finally:
+            os.close(fd)
 
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
         if self._fd < 0:

@@ -8,6 +8,7 @@ import gc
 import os
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,24 +187,75 @@ def test_where_there_are_no_huge_pages_left_the_rest_is_ordinary_ones(
 
     monkeypatch.setattr(huge_pages, "huge_pages_problem", lambda: "")
     monkeypatch.setattr(huge_pages, "advise", refused)
-    nbytes = 20 * HUGE
-    segment = create_segment("memfd", nbytes, name_prefix=PREFIX)
-    assert allocated_bytes(segment) == nbytes
+    monkeypatch.setattr(huge_pages, "monotonic_s", lambda: 0.0)
+    segment = create_segment("memfd", SIZE, name_prefix=PREFIX)
+    assert allocated_bytes(segment) == SIZE
     # One that is in use for the moment says nothing of the others.
-    assert calls == ([8 * HUGE] * 2 + [4 * HUGE] if code == errno.EAGAIN else [8 * HUGE])
+    assert calls == [HUGE] * (3 if code == errno.EAGAIN else 1)
     segment.close()
 
 
 @needs_huge
-def test_a_kernel_that_takes_long_to_put_huge_pages_together_is_not_waited_for(
+def test_a_kernel_that_takes_long_to_put_huge_pages_together_is_waited_for_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = iter(range(0, 1000, 5))
-    monkeypatch.setattr(huge_pages, "monotonic_s", lambda: float(next(now_s)))
-    segment = create_segment("memfd", 20 * HUGE, name_prefix=PREFIX)
-    segment.prefault(0, 20 * HUGE)
-    assert mapped_huge_bytes(segment.shared_address()) == 8 * HUGE
-    assert allocated_bytes(segment) == 20 * HUGE
+    with monkeypatch.context() as slow:
+        slow.setattr(huge_pages, "monotonic_s", lambda: float(next(now_s)))
+        segment = create_segment("memfd", SIZE, name_prefix=PREFIX)
+    reader = attached_again(segment)
+    segment.prefault(0, SIZE)
+    assert mapped_huge_bytes(segment.shared_address()) == HUGE
+    assert allocated_bytes(segment) == SIZE
+    noise = os.urandom(SIZE)
+    put(segment.shared_address(), noise)
+    view = reader.map_block(0, SIZE)
+    put(view.address + 2 * HUGE, b"my own")
+    assert segment.ordinary
+    segment.condense()
+    assert not segment.ordinary
+    assert get(segment.shared_address(), SIZE) == noise
+    assert get(view.address + 2 * HUGE, 6) == b"my own"
+    assert view.dirty(2 * HUGE, 1)
+    assert not view.dirty(0, 2 * HUGE)
+    assert get(view.address, 2 * HUGE) == noise[: 2 * HUGE]
+    other = attached_again(segment).map_block(0, SIZE)
+    assert mapped_huge_bytes(other.address) == 3 * HUGE
+    assert get(other.address, SIZE) == noise
+    assert allocated_bytes(segment) == SIZE
+    segment.condense()
+    segment.close()
+    segment.condense()
+    reader.close()
+
+
+@needs_huge
+def test_what_is_condensed_keeps_what_others_write_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = iter(range(0, 1000, 5))
+    with monkeypatch.context() as slow:
+        slow.setattr(huge_pages, "monotonic_s", lambda: float(next(now_s)))
+        segment = create_segment("memfd", 16 * HUGE, name_prefix=PREFIX)
+    address, over = segment.shared_address(), threading.Event()
+    written: list[int] = []
+
+    def write() -> None:
+        number = 0
+        while not over.is_set() or number < 3:
+            number += 1
+            for offset in range(0, 16 * HUGE, PAGE):
+                ctypes.c_uint32.from_address(address + offset).value = number
+        written.append(number)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    segment.condense()
+    over.set()
+    writer.join(60)
+    pages = range(0, 16 * HUGE, PAGE)
+    assert {ctypes.c_uint32.from_address(address + offset).value for offset in pages} == set(written)
+    other = attached_again(segment).map_block(0, 16 * HUGE)
+    assert {ctypes.c_uint32.from_address(other.address + offset).value for offset in pages} == set(written)
+    assert mapped_huge_bytes(other.address) > HUGE
     segment.close()
 
 
