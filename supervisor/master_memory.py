@@ -295,8 +295,8 @@ class MasterMemory:
         return bool(self._ordinary)
 
     def condense(self) -> None:
-        """Make huge pages of them, for whoever maps them next. Takes up to 1 ms per MiB, once."""
-        while self._ordinary:
+        """Make huge pages of them, for whoever maps them next. Takes up to 1 ms per MiB."""
+        for _ in range(len(self._ordinary)):
             try:
                 segment = self._ordinary.popleft()
             except IndexError:  # another thread was faster
@@ -305,6 +305,9 @@ class MasterMemory:
                 segment.condense()
             except OSError as error:  # short of descriptors or addresses: they stay as they are
                 _log.debug("a segment stays in ordinary pages: %s", error)
+                continue
+            if segment.ordinary:
+                self._ordinary.append(segment)  # some were in use: after a later job
 
     def segment(self, arena: int, segment_id: int) -> Segment | None:
         return self._segments.get(arena, {}).get(segment_id)

@@ -62,12 +62,13 @@ def fill_with_huge_pages(fd: int, nbytes: int) -> tuple[int, int]:
     return _fill(fd, 0, whole, _MAKING)[0], whole
 
 
-def condense(fd: int, start: int, end: int) -> None:
-    """Put that part of a memfd's memory, in use or not, into huge pages, as far as there are any.
+def condense(fd: int, start: int, end: int) -> int:
+    """Put that part of a memfd's memory, in use or not, into huge pages: from where on to try it again.
 
     Both ends are those of huge pages. Takes 0.3 to 1 ms per MiB, from any thread.
     """
-    _fill(fd, start, end, _LATER)
+    reached, code = _fill(fd, start, end, _LATER)
+    return start if code in _NOT_THIS_ONE else reached
 
 
 @functools.cache

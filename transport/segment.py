@@ -107,7 +107,10 @@ class Segment(ABC):
         return False
 
     def condense(self) -> None:  # noqa: B027 - most kinds have nothing to do
-        """Maker: make huge pages of them, once, from any thread, while everybody goes on using them."""
+        """Maker: make huge pages of them, from any thread, while everybody goes on using them.
+
+        It is to be tried again later, a few times, while there are some left.
+        """
 
     @abstractmethod
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
