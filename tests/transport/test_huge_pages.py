@@ -91,6 +91,7 @@ def condensed(segment: Segment) -> None:
 
 @needs_huge
 def test_owner_and_readers_map_the_huge_pages_whole(owner: Segment, reader: Segment) -> None:
+    condensed(owner)  # what was not at hand when it was made
     owner.prefault(0, SIZE)
     assert mapped_huge_bytes(owner.shared_address()) == 3 * HUGE
     assert mapped_huge_bytes(reader.map_block(0, SIZE).address) == 3 * HUGE
@@ -201,6 +202,8 @@ def test_where_there_are_no_huge_pages_left_the_rest_is_ordinary_ones(
     assert allocated_bytes(segment) == SIZE
     # One that is in use for the moment says nothing of the others.
     assert calls == [HUGE] * (3 if code == errno.EAGAIN else 1)
+    condensed(segment)
+    assert allocated_bytes(segment) == SIZE
     segment.close()
 
 
