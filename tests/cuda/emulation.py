@@ -109,6 +109,11 @@ class EmulatedGpu:
         return [int(name.rpartition("-")[2]) for name in self._named("context")]
 
     @property
+    def initialized(self) -> list[int]:
+        """The processes that ever initialized the driver: their forks can't use it any more."""
+        return [int(name.rpartition("-")[2]) for name in self._named("init")]
+
+    @property
     def violations(self) -> str:
         path = self.folder / "violation"
         return path.read_text() if path.exists() else ""

@@ -5,7 +5,8 @@
  *   devices          UUIDs as 32 hexadecimal digits, one a line, of all processes
  *   fail             lines "CALL CODE": that call fails so; "cuIpcOpenMemHandle_v2 corrupt" opens other memory
  *   limit            bytes that each process may allocate
- *   context-PID      made with the first context of a process
+ *   init-PID         made when a process initializes the driver
+ *   context-PID      made with its first context
  *   memory-PID-N     one allocation
  *   open-PID-memory-PID-N    it is open in that process
  *   violation        written when memory is freed that a living process has open
@@ -90,6 +91,10 @@ static int devices(Uuid *uuids) {
 Result cuInit(unsigned flags) {
     Result result = failing("cuInit");
     if (result) return result;
+    char name[48];
+    snprintf(name, sizeof name, "init-%d", (int)getpid());
+    FILE *file = file_of(name, "a");
+    if (file) fclose(file);
     initialized = 1;
     return flags ? INVALID_VALUE : OK;
 }

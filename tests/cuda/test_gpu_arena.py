@@ -48,7 +48,7 @@ def test_a_process_that_does_not_use_the_gpu_is_not_made_to(tmp_path: Path) -> N
             assert float(run(legion, "GpuOnes", FLOATS).sum()) == FLOATS
             worker = only_worker(legion)
             assert (worker.gpu_arena_bytes > 0, worker.arena_bytes > 0) == (False, True)
-            assert gpu.contexts == []
+            assert (gpu.contexts, gpu.initialized) == ([], [])
             gpu.use()
             gpu.devices.used = True
             wait_for(

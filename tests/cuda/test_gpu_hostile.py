@@ -10,7 +10,7 @@ import torch
 
 from legion_shm import Job, Supervisor, WorkerLost
 from tests.cuda.emulation import UUID, EmulatedGpu, emulated_gpu, needs_compiler
-from tests.cuda.support import FLOATS, NODES, run
+from tests.cuda.support import FLOATS, NODES, run, submit
 from tests.reliability import support as reliability
 from tests.system.support import only_worker, spec, wait_for
 
@@ -79,6 +79,33 @@ time.sleep(20)
 """
     with pytest.raises(WorkerLost, match="one more before the first came"):
         do(legion, code).result(timeout=30)
+
+
+def test_a_worker_that_asks_for_more_than_its_quota_does_not_get_it(legion: Supervisor) -> None:
+    code = f"""
+asked = [host()._memory._ask(GpuSegmentRequest({UUID!r}, 600 << 20)) for _ in range(2)]
+out = [type(answer).__name__ for answer in asked]
+"""
+    granted = do(legion, code).result(timeout=30)["output_1"]
+    assert granted == ["GpuSegmentIntroduced", "SegmentRefused"]
+    legion.stop_workers()
+
+
+def test_copies_of_what_others_were_given_are_refused(legion: Supervisor) -> None:
+    others = submit(legion, "GpuOnes", FLOATS)
+    assert others.exception(timeout=30) is None
+    lending = legion._loop._lending
+    blocks = [block.handle for block in lending.table._blocks.values()]
+    (handle,) = [each for each in blocks if legion._memory.gpu.knows(each)]
+    code = f"""
+import time
+from legion_shm.transport.handles import BlockHandle
+send_raw(wire(HostCopyRequest((BlockHandle(*{handle.to_wire()}),))))
+time.sleep(20)
+"""
+    with pytest.raises(WorkerLost, match="never delivered to this worker"):
+        do(legion, code).result(timeout=30)
+    assert float(others.result()["output_1"].sum()) == FLOATS
 
 
 def test_a_device_that_nobody_has_is_refused(legion: Supervisor) -> None:
