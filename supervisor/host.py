@@ -307,6 +307,7 @@ class _Host:
         if isinstance(reply, JobFailedReply) and reply.exception_type.endswith(_OUT_OF_MEMORY):
             self._require_engine().free()  # whatever is kept for later jobs, this one lacked its room
             empty_gpu_caches()
+            self._memory.give_up_unused()
 
     def _execute(self, message: RunJob) -> Message:
         received_us = _now_us()

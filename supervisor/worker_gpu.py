@@ -107,10 +107,10 @@ class WorkerGpu:
         """Raises CudaError, and uses none from then on, where what is opened is not what was shared."""
         try:
             return GpuSegment.open(message.device, message.nbytes, message.handle, message.pattern)
-        except CudaError as error:
+        except OSError as error:
             self._works = False
             self._memory.warn(f"a segment of GPU {message.device} could not be opened: {error}")
-            raise
+            raise CudaError(str(error)) from error
 
     def drop(self, arena: int, segment_ids: tuple[int, ...]) -> None:
         """Close others' segments that are gone, and say so."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from legion_shm import faults
 from legion_shm.errors import LegionError
 from legion_shm.transport.codec_layout import Group, Region
 from legion_shm.transport.codec_types import BlockStore, DeviceBlock, DeviceBytes, TransferStats
@@ -170,6 +171,8 @@ def write_groups(
             written.copies += 1
             _place(group, len(written.buffers), pad_block)
             written.buffers.append([len(written.blocks) - 1, 0, pad_block + nbytes])
+        if busy and faults.hit is not None:
+            faults.hit("gpu.copying")
         for memory in busy.values():  # others may read it as soon as they hear of it
             memory.synchronize()
     except BaseException:

@@ -128,12 +128,6 @@ class CudaDriver:
         self.call("cuDriverGetVersion", ctypes.byref(number))
         return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
-    def devices(self) -> list[str]:
-        """The UUIDs of the devices that this process may use, in the driver's order."""
-        count = ctypes.c_int()
-        self.call("cuDeviceGetCount", ctypes.byref(count))
-        return [self._uuids(self._device(ordinal))[0] for ordinal in range(count.value)]
-
     def device(self, uuid: str) -> CudaDevice:
         """The device of that UUID. Raises CudaError where this process has none."""
         wanted = plain_uuid(uuid)

@@ -14,6 +14,7 @@ A block in it is never viewed as main memory: `map_block` refuses.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import weakref
@@ -40,10 +41,12 @@ class _Region:
         self.address = address
         self.tensor: Any = None
         self.lock = threading.Lock()
-        weakref.finalize(self, _let_go, device, address, owned).atexit = False
+        weakref.finalize(self, _let_go, device, address, owned, os.getpid()).atexit = False
 
 
-def _let_go(device: CudaDevice, address: int, owned: bool) -> None:
+def _let_go(device: CudaDevice, address: int, owned: bool, process: int) -> None:
+    if process != os.getpid():
+        return  # a forked child has no context, and the memory is its parent's
     try:
         if owned:
             device.free(address)
@@ -77,19 +80,19 @@ class GpuSegment(Segment):
             raise ArenaFull(f"no shared memory on GPU {device}: {error}") from None
         if not in_use:
             raise ArenaFull(f"the supervisor's process does not use GPU {device} yet")
-        if faults.hit is not None:
-            faults.hit("gpu.create")
         whole = cls.whole_bytes(nbytes)
         usable = whole - BLOCK_ALIGN
         address = 0
         try:
+            if faults.hit is not None:
+                faults.hit("gpu.create")
             address = driver.allocate(whole)
             pattern = secrets.token_bytes(PATTERN_BYTES)
             handle = driver.export(address)
             driver.write(address + usable, pattern)
-        except CudaError as error:
+        except OSError as error:
             if address:
-                _let_go(driver, address, owned=True)
+                _let_go(driver, address, True, os.getpid())
             raise ArenaFull(f"no shared memory of {nbytes} bytes on GPU {device}: {error}") from error
         return cls(device, usable, handle, pattern, _Region(driver, address, owned=True))
 
@@ -104,10 +107,12 @@ class GpuSegment(Segment):
         driver = cuda_driver().device(device)
         address = driver.open(handle)
         try:
+            if faults.hit is not None:
+                faults.hit("gpu.opened")
             if driver.read(address + nbytes, len(pattern)) != pattern:
                 raise CudaError("what was opened is not the memory that was shared: its pattern is another")
-        except CudaError:
-            _let_go(driver, address, owned=False)
+        except OSError:
+            _let_go(driver, address, False, os.getpid())
             raise
         return cls(device, nbytes, handle, pattern, _Region(driver, address, owned=False))
 

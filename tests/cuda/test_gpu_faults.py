@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from legion_shm import Supervisor, WorkerLost
+from legion_shm import Supervisor, WorkerLost, faults
+from legion_shm.testing.failpoints import armed
 from legion_shm.transport import gpu_memory
 from tests import needs
 from tests.cuda.emulation import EmulatedGpu, emulated_gpu, needs_compiler
@@ -105,6 +106,48 @@ def test_what_fails_in_the_driver_costs_no_job(
         assert only_worker(legion).arena_bytes > 0
     finally:
         gpu.fail()
+
+
+DEATHS = {
+    "with a block that is empty": ("arena.after_reserve=kill", "GpuOnes", FLOATS),
+    "in the midst of its copy": ("gpu.copying=kill", "GpuOnes", FLOATS),
+    "before it takes its segment": ("worker.segment_granted=kill", "GpuOnes", FLOATS),
+    "with the supervisor's memory just open": ("gpu.opened=kill", "GpuSame", None),
+    "with a result that is not sent": ("host.before_reply=kill", "GpuOnes", FLOATS),
+}
+
+
+@pytest.mark.parametrize(("fault", "node", "value"), DEATHS.values(), ids=DEATHS)
+def test_a_worker_that_dies_there_leaves_nothing(
+    shared: Shared, tmp_path: Path, fault: str, node: str, value: object
+) -> None:
+    gpu, legion = shared
+    begin_anew(shared)
+    sent = torch.rand(FLOATS) if value is None else value
+    dying = on_gpu(env={faults.VARIABLE: f"{fault}?{tmp_path / 'died'}"})
+    with pytest.raises(WorkerLost):
+        run(legion, node, sent, dying)
+    assert (tmp_path / "died").exists()
+    assert run(legion, node, sent, dying).numel() == FLOATS, "the next one has all it needs"
+    wait_for(lambda: gpu.allocations == [], "all of it comes back")
+    assert gpu.violations == ""
+
+
+@pytest.mark.parametrize("fault", ["gpu.create=raise:ENOMEM", "gpu.copying=raise:EIO"])
+def test_what_fails_here_leaves_nothing(shared: Shared, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, legion = shared
+    monkeypatch.setattr(gpu_memory, "_ASK_AGAIN_S", 0.0)
+    begin_anew(shared)
+    sent = torch.rand(FLOATS)
+    with armed(fault):
+        if "copying" in fault:
+            with pytest.raises(OSError, match="Input/output"):
+                run(legion, "GpuAdd", sent)
+        else:
+            assert torch.equal(run(legion, "GpuAdd", sent), sent + 1)
+            assert gpu.allocations == []
+    assert torch.equal(run(legion, "GpuAdd", sent), sent + 1)
+    wait_for(lambda: gpu.allocations == [], "all of it comes back")
 
 
 def test_a_killed_worker_takes_nothing_with_it_and_leaves_nothing(shared: Shared, tmp_path: Path) -> None:
