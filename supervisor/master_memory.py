@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from legion_shm.clock import monotonic_s
 from legion_shm.errors import ArenaFull
 from legion_shm.ids import new_arena_id
 from legion_shm.supervisor.comfy_loaders import watch_loaders
@@ -36,6 +37,9 @@ from legion_shm.transport.segment import Segment, SegmentKind, create_segment
 from legion_shm.transport.values import PackedValues, discard, pack, unpack
 
 __all__ = ["MasterMemory"]
+
+_CONDENSE_AGAIN_S = (0.1, 1.0, 10.0, 60.0, 300.0)
+"""Pages are in use for a moment; a machine has no huge pages left for longer."""
 
 _log = logging.getLogger("legion_shm.supervisor")
 
@@ -83,7 +87,7 @@ class MasterMemory:
         self._returned: deque[BlockHandle] = deque()
         self._deliveries: weakref.WeakSet[Delivery] = weakref.WeakSet()
         self.forgotten: deque[str] = deque()
-        self._ordinary: deque[Segment] = deque()
+        self._ordinary: deque[tuple[float, int, Segment]] = deque()  # when to condense it, for which time
         self._closed = False
         generations = itertools.count(1)
         self.gpu = MasterGpu(
@@ -286,28 +290,32 @@ class MasterMemory:
             self._segments.setdefault(arena, {})[segment_id] = segment
         self._attachments.add(arena, segment_id, segment)
         if segment.ordinary:
-            self._ordinary.append(segment)
+            self._ordinary.append((0.0, 0, segment))
         return segment_id, segment
 
     @property
     def ordinary(self) -> bool:
-        """Whether segments, of any arena, were made of ordinary pages and might be of huge ones."""
-        return bool(self._ordinary)
+        """Whether segments, of any arena, are of ordinary pages and it is time to make huge ones of them."""
+        return bool(self._ordinary) and any(due_s <= monotonic_s() for due_s, *_ in tuple(self._ordinary))
 
     def condense(self) -> None:
         """Make huge pages of them, for whoever maps them next. Takes up to 1 ms per MiB."""
         for _ in range(len(self._ordinary)):
             try:
-                segment = self._ordinary.popleft()
+                due_s, attempt, segment = self._ordinary.popleft()
             except IndexError:  # another thread was faster
                 return
+            if due_s > monotonic_s():
+                self._ordinary.append((due_s, attempt, segment))
+                continue
             try:
                 segment.condense()
             except OSError as error:  # short of descriptors or addresses: they stay as they are
                 _log.debug("a segment stays in ordinary pages: %s", error)
                 continue
-            if segment.ordinary:
-                self._ordinary.append(segment)  # some were in use: after a later job
+            if segment.ordinary and attempt < len(_CONDENSE_AGAIN_S):
+                due_s = monotonic_s() + _CONDENSE_AGAIN_S[attempt]
+                self._ordinary.append((due_s, attempt + 1, segment))
 
     def segment(self, arena: int, segment_id: int) -> Segment | None:
         return self._segments.get(arena, {}).get(segment_id)

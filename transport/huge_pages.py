@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import mmap
 import os
 from typing import NamedTuple
@@ -67,30 +66,42 @@ def condense(fd: int, start: int, end: int) -> int:
 
     Both ends are those of huge pages. Takes 0.3 to 1 ms per MiB, from any thread.
     """
-    reached, code = _fill(fd, start, end, _LATER)
-    return start if code in _NOT_THIS_ONE else reached
+    return _fill(fd, start, end, _LATER)[0]
 
 
-@functools.cache
 def huge_pages_problem() -> str:
     """Why shared memory here is in ordinary pages; empty where huge ones can be had. Takes 1 ms, once."""
+    if _verdict:
+        return _verdict[0]
+    problem, lasting = _examine()
+    if lasting:
+        _verdict.append(problem)
+    return problem
+
+
+_verdict: list[str] = []
+
+
+def _examine() -> tuple[str, bool]:
+    """The problem, and whether it is one of this kernel and not of this moment."""
     if mmap.PAGESIZE != 4096:
-        return f"pages of {mmap.PAGESIZE} bytes are as they are"
+        return f"pages of {mmap.PAGESIZE} bytes are as they are", True
     try:
         fd = os.memfd_create("legion-probe", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, HUGE_PAGE_BYTES)
-            return _problem_of(fd)
+            code = _fill(fd, 0, HUGE_PAGE_BYTES, _LATER)[1]
+            if code:
+                lasting = code not in (*_NOT_THIS_ONE, errno.ENOMEM)
+                return f"the kernel makes none of a memfd (MADV_COLLAPSE: {os.strerror(code)})", lasting
+            return _problem_of(fd), True
         finally:
             os.close(fd)
     except OSError as error:
-        return str(error)
+        return str(error), False
 
 
 def _problem_of(fd: int) -> str:
-    _, code = _fill(fd, 0, HUGE_PAGE_BYTES, _LATER)
-    if code:
-        return f"the kernel makes none of a memfd (MADV_COLLAPSE: {os.strerror(code)})"
     private = map_file(HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | MAP_NORESERVE, fd)
     try:
         advise(private, HUGE_PAGE_BYTES, MADV_POPULATE_READ)
@@ -106,9 +117,10 @@ def _problem_of(fd: int) -> str:
 
 
 def _fill(fd: int, start: int, end: int, patience: _Patience) -> tuple[int, int]:
-    """How far it came, and the last errno."""
+    """From where on there are others left, and the last errno."""
     started_s = monotonic_s()
     code = 0
+    left: int | None = None
     address = map_file(end - start, mmap.MAP_SHARED, fd, start)
     try:
         for low in range(start, end, patience.step_bytes):
@@ -116,10 +128,13 @@ def _fill(fd: int, start: int, end: int, patience: _Patience) -> tuple[int, int]
             for page in range(low, high, HUGE_PAGE_BYTES):
                 os.posix_fallocate(fd, page, mmap.PAGESIZE)  # of nothing at all the kernel makes no huge page
             code = advise(address + low - start, high - low, MADV_COLLAPSE)
+            if code and left is None:
+                left = low
             if code and code not in _NOT_THIS_ONE:
-                return low, code
+                break
             if monotonic_s() - started_s > patience.grace_s + (high - start) * patience.s_per_byte:
-                return high, code
-        return end, code
+                left = high if left is None else left
+                break
+        return (end if left is None else left), code
     finally:
         unmap(address, end - start)

@@ -109,7 +109,7 @@ class Segment(ABC):
     def condense(self) -> None:  # noqa: B027 - most kinds have nothing to do
         """Maker: make huge pages of them, from any thread, while everybody goes on using them.
 
-        It is to be tried again later, a few times, while there are some left.
+        Some may be left, which are in use for the moment, or for which the machine has no huge pages now.
         """
 
     @abstractmethod

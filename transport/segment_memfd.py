@@ -48,9 +48,6 @@ _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: nobody can 
 _MAX_LANES = 4
 """Whole-segment mappings kept for reuse; a fifth simultaneous view of one block gets a mapping of its own."""
 
-_CONDENSE_ATTEMPTS = 4
-"""Pages that are in use for the moment are refused; so is what a machine has no huge pages for."""
-
 _WARM_STEP_BYTES = 8 * 1024 * 1024  # at a time, with the lock held: 0.3 ms
 _POPULATE_MAX_BYTES = 256 * 1024 * 1024
 """Larger blocks are mapped page by page as they are read: a model's weights may be delivered often and read
@@ -155,7 +152,6 @@ class MemfdSegment(Segment):
         self._isolated = Spans()  # copy-on-write for their owner
         self._cold = Spans()  # shared again, and not mapped yet
         self._ordinary = Spans()  # pages that were not huge when it was made
-        self._attempts = _CONDENSE_ATTEMPTS
         self._lanes: list[_Lane] = []
 
     @classmethod
@@ -277,9 +273,7 @@ class MemfdSegment(Segment):
         finally:
             os.close(fd)
         with self.lock:
-            self._attempts -= 1
-            if self._attempts:
-                self._ordinary.add(start, end)
+            self._ordinary.add(start, end)
 
     def isolated_clean(self, offset: int, nbytes: int) -> bool:
         if self._fd < 0:

@@ -18,6 +18,7 @@ from legion_shm.errors import ArenaFull
 from legion_shm.transport.handles import BLOCK_ALIGN as PAGE
 from legion_shm.transport.segment import Segment, attach_segment, create_segment
 from tests import needs
+from tests.system.support import wait_for
 
 if sys.platform == "linux":
     from legion_shm.transport import huge_pages, mappings
@@ -81,12 +82,12 @@ def allocated_bytes(segment: Segment) -> int:
 
 
 def condensed(segment: Segment) -> None:
-    """Until it has been done, or given up: it is refused where pages are in use for the moment."""
+    """Until it has been done: it is refused where pages are in use for the moment."""
     for _ in range(100):
         if not segment.ordinary:
             return
         segment.condense()
-    raise AssertionError("it is tried for ever")
+    raise AssertionError("pages stay in use")
 
 
 @needs_huge
@@ -202,7 +203,8 @@ def test_where_there_are_no_huge_pages_left_the_rest_is_ordinary_ones(
     assert allocated_bytes(segment) == SIZE
     # One that is in use for the moment says nothing of the others.
     assert calls == [HUGE] * (3 if code == errno.EAGAIN else 1)
-    condensed(segment)
+    segment.condense()
+    assert segment.ordinary, "they may be had later"
     assert allocated_bytes(segment) == SIZE
     segment.close()
 
@@ -290,13 +292,28 @@ def test_a_kernel_that_cannot_tell_written_huge_pages_gets_ordinary_ones(
     monkeypatch: pytest.MonkeyPatch, answer: bool, reason: str
 ) -> None:
     monkeypatch.setattr(huge_pages, "may_be_written", lambda *_: answer)
-    huge_pages_problem.cache_clear()
-    try:
-        assert reason in huge_pages_problem()
-        segment = create_segment("memfd", SIZE, name_prefix=PREFIX)
-        segment.prefault(0, SIZE)
-        assert mapped_huge_bytes(segment.shared_address()) == 0
-        assert allocated_bytes(segment) == SIZE
-        segment.close()
-    finally:
-        huge_pages_problem.cache_clear()
+    monkeypatch.setattr(huge_pages, "_verdict", [])
+    wait_for(lambda: reason in huge_pages_problem(), "one could be had for the probe")
+    segment = create_segment("memfd", SIZE, name_prefix=PREFIX)
+    segment.prefault(0, SIZE)
+    assert not segment.ordinary
+    assert mapped_huge_bytes(segment.shared_address()) == 0
+    assert allocated_bytes(segment) == SIZE
+    segment.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "lasting"), [(errno.EINVAL, True), (errno.ENOMEM, False), (errno.EAGAIN, False)]
+)
+@needs_huge
+def test_what_fails_for_the_moment_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, code: int, lasting: bool
+) -> None:
+    monkeypatch.setattr(huge_pages, "_verdict", [])
+    with monkeypatch.context() as refusing:
+        refusing.setattr(huge_pages, "advise", lambda *_: code)
+        assert os.strerror(code) in huge_pages_problem()
+    if lasting:
+        assert os.strerror(code) in huge_pages_problem()
+    else:
+        wait_for(lambda: not huge_pages_problem(), "one could be had for the probe")
