@@ -299,7 +299,7 @@ class MasterMemory:
         return bool(self._ordinary) and any(due_s <= monotonic_s() for due_s, *_ in tuple(self._ordinary))
 
     def condense(self) -> None:
-        """Make huge pages of them, for whoever maps them next. Takes up to 1 ms per MiB."""
+        """Make huge pages of some, for whoever maps them next. Takes 0.2 s for each at most."""
         for _ in range(len(self._ordinary)):
             try:
                 due_s, attempt, segment = self._ordinary.popleft()
@@ -309,11 +309,13 @@ class MasterMemory:
                 self._ordinary.append((due_s, attempt, segment))
                 continue
             try:
-                segment.condense()
+                done = segment.condense()
             except OSError as error:  # short of descriptors or addresses: they stay as they are
                 _log.debug("a segment stays in ordinary pages: %s", error)
                 continue
-            if segment.ordinary and attempt < len(_CONDENSE_AGAIN_S):
+            if segment.ordinary and done:
+                self._ordinary.append((0.0, attempt, segment))  # the next part after the next job
+            elif segment.ordinary and attempt < len(_CONDENSE_AGAIN_S):
                 due_s = monotonic_s() + _CONDENSE_AGAIN_S[attempt]
                 self._ordinary.append((due_s, attempt + 1, segment))
 

@@ -106,11 +106,12 @@ class Segment(ABC):
         """Maker: whether it has ordinary pages that might be huge ones."""
         return False
 
-    def condense(self) -> None:  # noqa: B027 - most kinds have nothing to do
-        """Maker: make huge pages of them, from any thread, while everybody goes on using them.
+    def condense(self) -> bool:
+        """Maker: make huge pages of some of them (0.2 s at most), while everybody goes on using them.
 
-        Some may be left, which are in use for the moment, or for which the machine has no huge pages now.
+        False where any was refused: it is in use for the moment, or the machine has no huge pages now.
         """
+        return True
 
     @abstractmethod
     def isolated_clean(self, offset: int, nbytes: int) -> bool:

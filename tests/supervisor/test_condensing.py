@@ -15,17 +15,21 @@ MIB = 1 << 20
 
 
 class Stubborn:
-    """Stands for a segment: ``refusals`` times it stays as it is."""
+    """Stands for a segment of so many ``parts``: ``refusals`` times it stays as it is."""
 
-    def __init__(self, refusals: int, error: OSError | None = None) -> None:
+    def __init__(self, refusals: int, error: OSError | None = None, parts: int = 1) -> None:
         self.nbytes, self.ordinary, self.tried = MIB, True, 0
-        self._refusals, self._error = refusals, error
+        self._refusals, self._error, self._parts = refusals, error, parts
 
-    def condense(self) -> None:
+    def condense(self) -> bool:
         self.tried += 1
         if self._error is not None:
             raise self._error
-        self.ordinary = self.tried <= self._refusals
+        if self.tried <= self._refusals:
+            return False
+        self._parts -= 1
+        self.ordinary = self._parts > 0
+        return True
 
     def close(self) -> None:
         pass
@@ -74,6 +78,16 @@ def test_it_is_done_once_and_not_again(monkeypatch: pytest.MonkeyPatch, clock: C
     clock.now_s += 1000.0
     memory.condense()
     assert (segment.tried, memory.ordinary) == (1, False)
+    memory.close()
+
+
+def test_a_large_segment_is_done_part_by_part(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    segment = Stubborn(0, parts=20)
+    memory = memory_with(monkeypatch, segment)
+    for number in range(20):
+        assert (segment.tried, memory.ordinary) == (number, True)
+        memory.condense()
+    assert (segment.tried, memory.ordinary) == (20, False)
     memory.close()
 
 

@@ -21,7 +21,7 @@ from tests import needs
 from tests.system.support import wait_for
 
 if sys.platform == "linux":
-    from legion_shm.transport import huge_pages, mappings
+    from legion_shm.transport import huge_pages, mappings, segment_memfd
     from legion_shm.transport.huge_pages import huge_pages_problem
 
     HUGE = mappings.HUGE_PAGE_BYTES
@@ -203,7 +203,7 @@ def test_where_there_are_no_huge_pages_left_the_rest_is_ordinary_ones(
     assert allocated_bytes(segment) == SIZE
     # One that is in use for the moment says nothing of the others.
     assert calls == [HUGE] * (3 if code == errno.EAGAIN else 1)
-    segment.condense()
+    assert not segment.condense()
     assert segment.ordinary, "they may be had later"
     assert allocated_bytes(segment) == SIZE
     segment.close()
@@ -240,6 +240,22 @@ def test_a_kernel_that_takes_long_to_put_huge_pages_together_is_waited_for_later
     segment.close()
     segment.condense()
     reader.close()
+
+
+def test_a_large_segment_is_condensed_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def condense(_fd: int, start: int, end: int) -> int:
+        asked.append((start >> 20, end >> 20))
+        return end if len(asked) != 2 else start
+
+    monkeypatch.setattr(segment_memfd, "fill_with_huge_pages", lambda _fd, nbytes: (0, nbytes))
+    monkeypatch.setattr(segment_memfd, "condense", condense)
+    segment = create_segment("memfd", 144 << 20, name_prefix=PREFIX)
+    assert [segment.condense() for _ in range(4)] == [True, False, True, True]
+    assert not segment.ordinary
+    assert asked == [(0, 64), (64, 128), (64, 128), (128, 144)]
+    segment.close()
 
 
 @needs_huge
