@@ -30,6 +30,7 @@ class LegionExporter:
     DESCRIPTION = "Hands what is linked to its inputs 1 to 12 back to whoever submitted the job."
     OUTPUT_NODE = True
     INPUT_IS_LIST = True
+    KEEP_OUTPUTS = False
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name

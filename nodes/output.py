@@ -25,6 +25,7 @@ class LegionOutput:
     DESCRIPTION = "Hands one value, by a name, back to whoever submitted the job."
     OUTPUT_NODE = True
     INPUT_IS_LIST = True
+    KEEP_OUTPUTS = False
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - the protocol's name

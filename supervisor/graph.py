@@ -16,7 +16,6 @@ importing this module.
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import os
 import platform
@@ -24,6 +23,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 from legion_shm import job_context
@@ -78,7 +78,7 @@ class GraphEngine:
         self._current: _GraphJob | None = None
         self._early: OrderedDict[str, None] = OrderedDict()
         self._free_asked = False
-        self._fresh = itertools.count()
+        self._no_grad: AbstractContextManager[object] | None = None
 
     @property
     def name(self) -> str:
@@ -95,22 +95,25 @@ class GraphEngine:
 
         from legion_shm.supervisor.graph_nodes import directories
 
+        # Not inference mode, as ComfyUI has it: tensors made there do not tell when they are written into.
+        self._no_grad = cast("AbstractContextManager[object]", torch.no_grad())  # of one job at a time
+
         directories.configure(input_directory=self._input_directory, output_directory=self._output_directory)
         self._classes = load_node_classes(self._node_modules, BUILTIN_MODULES)
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return EngineInfo(name=self.name, versions=versions, node_classes=len(self._classes))
 
     def execute(self, request: JobRequest, events: EngineEvents) -> JobOutcome:
-        if not self._classes:
+        if self._no_grad is None:
             raise LegionError("the graph engine has not been started; call start() first")
         job = _GraphJob(request, events)
+        call: _Call = partial(call_broadcast, runner=self._runner, check=job.check_cancelled)
         with job_context.running(job):
             self._begin(job)
             try:
-                with _no_grad():
-                    return _Run(
-                        self._cache, self._call(job), job, events, self._next_fresh, self._views
-                    ).outcome(self._plan(request, job))
+                with self._no_grad:
+                    plan = self._plan(request, call)
+                    return _Run(self._cache, call, job, events, self._views, plan).outcome()
             finally:
                 self._end()
 
@@ -157,34 +160,13 @@ class GraphEngine:
             self._cache.clear()
         self._runner.close()
 
-    def _plan(self, request: JobRequest, job: _GraphJob) -> Plan:
-        call = self._call(job)
+    def _plan(self, request: JobRequest, call: _Call) -> Plan:
         return self._cache.plan(
             request.prompt_digest, lambda: validate_prompt(request.prompt, self._classes, call)
         )
 
-    def _call(self, job: _GraphJob) -> _Call:
-        def call(
-            function: Callable[..., object], inputs: Mapping[str, Sequence[object]], input_is_list: bool
-        ) -> list[object]:
-            return call_broadcast(
-                function, inputs, input_is_list=input_is_list, runner=self._runner, check=job.check_cancelled
-            )
-
-        return call
-
-    def _next_fresh(self) -> bytes:
-        return b"fresh:%d" % next(self._fresh)
-
 
 _Call = Callable[[Callable[..., object], Mapping[str, Sequence[object]], bool], list[object]]
-
-
-def _no_grad() -> AbstractContextManager[object]:
-    """Not inference mode, as ComfyUI has it: tensors made there do not tell when they are written into."""
-    import torch
-
-    return cast("AbstractContextManager[object]", torch.no_grad())
 
 
 def _folders() -> dict[str, str]:
@@ -249,37 +231,40 @@ class _Run:
         call: _Call,
         job: _GraphJob,
         events: EngineEvents,
-        fresh: Callable[[], bytes],
         views: PrivateViews | None,
+        plan: Plan,
     ) -> None:
         self._cache = cache
         self._call = call
         self._job = job
         self._events = events
-        self._fresh = fresh
         self._views = views
+        self._plan = plan
         self._results: dict[str, NodeResult] = {}
         self._readers: dict[str, int] = {}
         self._ui: dict[str, Mapping[str, object]] = {}
 
-    def outcome(self, plan: Plan) -> JobOutcome:
-        signatures = sign_plan(plan, self._fingerprint, self._fresh)
-        self._cache.begin(plan, signatures)
-        to_run = self._choose(plan, signatures)
+    def outcome(self) -> JobOutcome:
+        plan, cache = self._plan, self._cache
+        signatures = sign_plan(plan, self._fingerprint)
+        cache.begin(plan, signatures)
+        to_run = self._choose(signatures)
         executed = 0
-        for node_id, node in plan.nodes.items():
-            if node_id not in to_run:
-                self._events.node(node_id, node.class_type, "cached")
+        if len(to_run) < len(plan.nodes):
+            for node_id, node in plan.nodes.items():
+                if node_id not in to_run:
+                    self._events.node(node_id, node.class_type, "cached")
         for node_id in to_run:
             node = plan.nodes[node_id]
             self._job.check_cancelled()
-            twin = self._cache.find(signatures[node_id])
+            signature = signatures.get(node_id)
+            twin = cache.find(signature)
             if twin is not None:
                 self._let_go(node)
                 self._events.node(node_id, node.class_type, "cached")
             else:
-                twin = self._run_node(node, plan)
-                self._cache.store(node, signatures[node_id], twin)
+                twin = self._run_node(node)
+                cache.store(node, signature, twin)
                 executed += 1
             self._take(node_id, twin)
             twin = None  # so that what its only reader gets is in nobody else's hands
@@ -294,8 +279,12 @@ class _Run:
             folders=_folders() if self._ui else {},
         )
 
-    def _choose(self, plan: Plan, signatures: Mapping[str, Signature]) -> list[str]:
+    def _choose(self, signatures: Mapping[str, Signature]) -> list[str]:
         """The nodes that must run: the outputs that are not kept, and whatever those need."""
+        plan = self._plan
+        if not len(self._cache):
+            self._readers = dict(plan.readers)
+            return list(plan.nodes)
         chosen: set[str] = set()
         seen: set[str] = set()
         stack = [node_id for node_id, node in plan.nodes.items() if node.is_output]
@@ -304,7 +293,7 @@ class _Run:
             if node_id in seen:
                 continue
             seen.add(node_id)
-            kept = self._cache.find(signatures[node_id])
+            kept = self._cache.find(signatures.get(node_id))
             if kept is not None:
                 self._take(node_id, kept)
                 continue
@@ -326,19 +315,21 @@ class _Run:
             if not self._readers[link.node_id]:
                 self._results.pop(link.node_id, None)
 
-    def _run_node(self, node: PlannedNode, plan: Plan) -> NodeResult:
+    def _run_node(self, node: PlannedNode) -> NodeResult:
         self._job.node_id = node.node_id
         self._events.node(node.node_id, node.class_type, "started")
         inputs: dict[str, Sequence[object]] = {}
         loan: Loan | None = None
         failure: LegionError
         try:
-            inputs = self._linked(node, plan)
+            inputs = self._linked(node)
             if node.writes_shared:
                 loan = Loan(cast("dict[str, Any]", inputs), self._views)
                 inputs = loan.values
-            inputs |= self._given(node, plan)
-            check_images(node.node_class, inputs)
+            if node.constants or node.hidden:
+                inputs |= self._given(node)
+            if node.is_builtin:
+                check_images(node.node_class, inputs)
             node_object = self._cache.node_object(node)
             function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
             result = read_results(self._call(function, inputs, node.input_is_list), node.node_class)
@@ -383,13 +374,13 @@ class _Run:
         _log.debug("%s\n%s", failure, failure.traceback)
         return failure
 
-    def _linked(self, node: PlannedNode, plan: Plan) -> dict[str, Sequence[object]]:
+    def _linked(self, node: PlannedNode) -> dict[str, Sequence[object]]:
         """What comes by links, and is let go of here where no later node reads it."""
         inputs: dict[str, Sequence[object]] = {}
         for name, link in node.links.items():
             outputs = self._results[link.node_id].outputs
             if outputs is None:
-                source = plan.nodes[link.node_id]
+                source = self._plan.nodes[link.node_id]
                 raise BadResult(
                     f"input {name!r} is linked to node {source.node_id} ({source.class_type}), which gave no "
                     "outputs: its function returned a dict without 'result'"
@@ -398,11 +389,11 @@ class _Run:
         self._let_go(node)
         return inputs
 
-    def _given(self, node: PlannedNode, plan: Plan) -> dict[str, Sequence[object]]:
+    def _given(self, node: PlannedNode) -> dict[str, Sequence[object]]:
         """What comes from the prompt and from the job."""
         inputs = _constants(node)
         for name, kind in node.hidden.items():
-            inputs[name] = (hidden_value(kind, node.node_id, plan.prompt, self._job.extra_data),)
+            inputs[name] = (hidden_value(kind, node.node_id, self._plan.prompt, self._job.extra_data),)
         return inputs
 
     def _fingerprint(self, node: PlannedNode, function: str) -> object:

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 from legion_shm.supervisor.graph_call import NodeResult
 from legion_shm.supervisor.graph_protocol import Link, PlannedNode
-from legion_shm.supervisor.graph_validation import Plan
+from legion_shm.supervisor.graph_validation import Plan, SignatureRecipe
 from legion_shm.supervisor.graph_writes import Watch
 
 __all__ = ["GraphCache", "Signature", "encode_constant", "sign_plan"]
@@ -39,7 +39,10 @@ _PLANS_KEPT = 64
 
 @dataclass(frozen=True)
 class Signature:
-    """What a node's outputs are found by; ``volatile``: they live for one job. ``slots``: their own."""
+    """What a node's outputs are found by; ``volatile``: they live for one job. ``slots``: their own.
+
+    What is volatile has no bytes that say anything.
+    """
 
     node: bytes
     volatile: bool
@@ -88,48 +91,60 @@ def _join(kind: bytes, parts: Iterable[bytes | None]) -> bytes | None:
     return kind + struct.pack(">Q", len(body)) + b"".join(body)
 
 
-def sign_plan(
-    plan: Plan, fingerprint: Callable[[PlannedNode, str], object], fresh: Callable[[], bytes]
-) -> dict[str, Signature]:
-    """The signature of every node of ``plan``.
+def sign_plan(plan: Plan, fingerprint: Callable[[PlannedNode, str], object]) -> dict[str, Signature]:
+    """The signatures of the nodes of ``plan`` whose outputs may be kept, and of those that they are made of.
 
     ``fingerprint(node, function_name)`` calls a class's IS_CHANGED or OUTPUT_SIGNATURES over the node's
-    constants and gives the list of what it returned; ``fresh()`` gives bytes never given before.
+    constants and gives the list of what it returned.
     """
+    if not plan.recipes:  # constants don't change between jobs
+        plan.recipes.update(_recipes(plan))
     signatures: dict[str, Signature] = {}
-    for node_id, node in plan.nodes.items():
-        parts = plan.parts.get(node_id)
-        if parts is None:  # constants don't change between jobs
-            parts = plan.parts[node_id] = _parts_of(node)
-        signatures[node_id] = _sign_node(node, parts, signatures, fingerprint, fresh)
+    for node_id, recipe in plan.recipes.items():
+        if recipe is not None:
+            signatures[node_id] = _sign_node(plan.nodes[node_id], recipe, signatures, fingerprint)
     return signatures
+
+
+def _recipes(plan: Plan) -> dict[str, SignatureRecipe | None]:
+    """In the plan's order. Nobody looks for what is never kept: such a node counts by what reads it."""
+    slots_read: dict[str, set[int]] = {}
+    for node_id, node in reversed(list(plan.nodes.items())):
+        if node.kept or node_id in slots_read:
+            for link in node.links.values():
+                slots_read.setdefault(link.node_id, set()).add(link.slot)
+    return {
+        node_id: SignatureRecipe(_parts_of(node), frozenset(slots_read.get(node_id, ())))
+        if node.kept or node_id in slots_read
+        else None
+        for node_id, node in plan.nodes.items()
+    }
 
 
 def _sign_node(
     node: PlannedNode,
-    node_parts: tuple[bytes | Link | None, ...],
+    recipe: SignatureRecipe,
     signatures: Mapping[str, Signature],
     fingerprint: Callable[[PlannedNode, str], object],
-    fresh: Callable[[], bytes],
 ) -> Signature:
+    slots = _slot_signatures(node, fingerprint)
+    if not node.kept and recipe.slots <= slots.keys():
+        return Signature(b"", True, slots)
     changed: object = False
     if hasattr(node.node_class, "IS_CHANGED"):
         changed = _ask(node, "IS_CHANGED", fingerprint)
     own = encode_constant(changed)
-    volatile = own is None
-    parts = [fresh() if own is None else own]
-    for part in node_parts:
+    parts: list[bytes | None] = [own]
+    for part in recipe.parts:
         if isinstance(part, Link):
-            linked, source_volatile = signatures[part.node_id].of_slot(part.slot)
-            parts.append(b"link" + linked)
-            volatile = volatile or source_volatile
-        elif part is None:
-            volatile = True
-            parts.append(fresh())
+            linked, volatile = signatures[part.node_id].of_slot(part.slot)
+            parts.append(None if volatile else b"link" + linked)
         else:
             parts.append(part)
-    digest = hashlib.blake2b(b"".join(parts), digest_size=24).digest()
-    return Signature(digest, volatile, _slot_signatures(node, fingerprint, fresh))
+    if None in parts:
+        return Signature(b"", True, slots)
+    digest = hashlib.blake2b(b"".join(cast("list[bytes]", parts)), digest_size=24).digest()
+    return Signature(digest, False, slots)
 
 
 def _parts_of(node: PlannedNode) -> tuple[bytes | Link | None, ...]:
@@ -156,7 +171,7 @@ def _parts_of(node: PlannedNode) -> tuple[bytes | Link | None, ...]:
 
 
 def _slot_signatures(
-    node: PlannedNode, fingerprint: Callable[[PlannedNode, str], object], fresh: Callable[[], bytes]
+    node: PlannedNode, fingerprint: Callable[[PlannedNode, str], object]
 ) -> dict[int, tuple[bytes, bool]]:
     if not hasattr(node.node_class, "OUTPUT_SIGNATURES"):
         return {}
@@ -168,7 +183,7 @@ def _slot_signatures(
         if isinstance(entry, bytes):
             slots[slot] = (b"slot:" + entry, False)
         elif entry is not None:
-            slots[slot] = (fresh(), True)
+            slots[slot] = (b"", True)
     return slots
 
 
@@ -189,6 +204,7 @@ class GraphCache:
     def __init__(self) -> None:
         self._results: dict[bytes, tuple[NodeResult, Watch]] = {}
         self._objects: dict[tuple[str, str], Any] = {}
+        self._objects_of: Plan | None = None  # the last prompt's
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
 
     def plan(self, digest: bytes, make: Callable[[], Plan]) -> Plan:
@@ -205,10 +221,13 @@ class GraphCache:
 
     def begin(self, plan: Plan, signatures: Mapping[str, Signature]) -> None:
         """Drop what this prompt does not use, before it needs the memory."""
-        used = {signature.node for signature in signatures.values()}
-        self._results = {key: result for key, result in self._results.items() if key in used}
-        ids = {(node.node_id, node.class_type) for node in plan.nodes.values()}
-        self._objects = {key: item for key, item in self._objects.items() if key in ids}
+        if self._results:
+            used = {signature.node for signature in signatures.values()}
+            self._results = {key: result for key, result in self._results.items() if key in used}
+        if plan is not self._objects_of:
+            ids = {(node.node_id, node.class_type) for node in plan.nodes.values()}
+            self._objects = {key: item for key, item in self._objects.items() if key in ids}
+            self._objects_of = plan
 
     def node_object(self, node: PlannedNode) -> Any:
         """The node's object: made once and kept while its node is in the prompts, for nodes with state."""
@@ -217,8 +236,10 @@ class GraphCache:
             self._objects[key] = node.node_class()
         return self._objects[key]
 
-    def find(self, signature: Signature) -> NodeResult | None:
-        kept = None if signature.volatile else self._results.get(signature.node)
+    def find(self, signature: Signature | None) -> NodeResult | None:
+        if signature is None or signature.volatile:
+            return None
+        kept = self._results.get(signature.node)
         if kept is None:
             return None
         result, watch = kept
@@ -227,9 +248,9 @@ class GraphCache:
             return None
         return result
 
-    def store(self, node: PlannedNode, signature: Signature, result: NodeResult) -> None:
+    def store(self, node: PlannedNode, signature: Signature | None, result: NodeResult) -> None:
         """Keep a result for later jobs, unless the node is volatile or its class says not to."""
-        if not signature.volatile and getattr(node.node_class, "KEEP_OUTPUTS", True):
+        if node.kept and signature is not None and not signature.volatile:
             self._results[signature.node] = (result, Watch(result.outputs))
 
     def __len__(self) -> int:
@@ -239,4 +260,5 @@ class GraphCache:
     def clear(self) -> None:
         self._results.clear()
         self._objects.clear()
+        self._objects_of = None
         self._plans.clear()

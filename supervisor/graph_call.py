@@ -86,8 +86,8 @@ async def _gather(awaitables: Sequence[Awaitable[object]], check: Callable[[], N
 def call_broadcast(
     function: Callable[..., object],
     inputs: Mapping[str, Sequence[object]],
-    *,
     input_is_list: bool,
+    *,
     runner: AsyncRunner,
     check: Callable[[], None],
 ) -> list[object]:
@@ -98,7 +98,7 @@ def call_broadcast(
     results: list[object] = []
     waiting: dict[int, Awaitable[object]] = {}
     try:
-        for arguments in _argument_sets(inputs, input_is_list=input_is_list):
+        for arguments in _argument_sets(inputs, input_is_list):
             check()
             result = function(**arguments)
             if type(result) not in _PLAIN_RESULTS and inspect.isawaitable(result):
@@ -115,7 +115,7 @@ def call_broadcast(
     return results
 
 
-def _argument_sets(inputs: Mapping[str, Sequence[object]], *, input_is_list: bool) -> list[dict[str, object]]:
+def _argument_sets(inputs: Mapping[str, Sequence[object]], input_is_list: bool) -> list[dict[str, object]]:
     if input_is_list:
         return [{name: list(values) for name, values in inputs.items()}]
     single: dict[str, object] = {}
@@ -150,7 +150,8 @@ def read_results(results: Sequence[object], node_class: NodeClass) -> NodeResult
     A call may return a tuple (or list) with one item per RETURN_TYPES entry, a dict with ``ui`` and
     ``result``, or, where nothing is declared, None. A dict without ``result`` gives no outputs.
     """
-    expected = len(return_types(node_class))
+    types: object = node_class.RETURN_TYPES
+    expected = len(cast("tuple[object, ...]", types) if type(types) is tuple else return_types(node_class))
     if len(results) == 1 and type(results[0]) is tuple and not getattr(node_class, "OUTPUT_IS_LIST", None):
         only = cast("tuple[object, ...]", results[0])
         if len(only) == expected:

@@ -14,13 +14,9 @@ from legion_shm.supervisor.graph_report import describe_value
 
 __all__ = ["check_images"]
 
-_BUILTIN = "legion_shm.supervisor.graph_nodes."
-
 
 def check_images(node_class: NodeClass, inputs: Mapping[str, Sequence[object]]) -> None:
     """Raise ValueError that names the input whose value is no float tensor ``[B,H,W,C]``."""
-    if not node_class.__module__.startswith(_BUILTIN):
-        return
     for name, optional in _image_inputs(cast("Hashable", node_class)):
         for value in inputs.get(name, ()):
             if (value is None and optional) or _is_image(value):

@@ -32,6 +32,7 @@ NodeClass = type[Any]
 """A node class: whatever a module's NODE_CLASS_MAPPINGS holds."""
 
 ANY_TYPE = "*"
+_BUILTIN = "legion_shm.supervisor.graph_nodes."
 
 HIDDEN_VALUES = frozenset(
     {
@@ -95,6 +96,15 @@ class PlannedNode:
     @cached_property
     def input_is_list(self) -> bool:
         return bool(getattr(self.node_class, "INPUT_IS_LIST", False))
+
+    @cached_property
+    def kept(self) -> bool:
+        """Whether its outputs may be kept for later jobs, as far as its class goes."""
+        return bool(getattr(self.node_class, "KEEP_OUTPUTS", True))
+
+    @cached_property
+    def is_builtin(self) -> bool:
+        return self.node_class.__module__.startswith(_BUILTIN)
 
 
 def class_problem(node_class: object) -> str:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 from legion_shm.errors import InvalidWorkflow
 from legion_shm.supervisor.graph_problems import Problem, refuse
@@ -31,7 +33,7 @@ from legion_shm.supervisor.graph_protocol import (
     types_fit,
 )
 
-__all__ = ["CallFunction", "Plan", "hidden_value", "validate_prompt"]
+__all__ = ["CallFunction", "Plan", "SignatureRecipe", "hidden_value", "validate_prompt"]
 
 CallFunction = Callable[[Callable[..., object], Mapping[str, Sequence[object]], bool], list[object]]
 """Calls a node class's function over lists of inputs: (function, inputs, input_is_list)."""
@@ -45,16 +47,29 @@ _CONVERSIONS: Mapping[str, Callable[[Any], object]] = {
 }
 
 
+class SignatureRecipe(NamedTuple):
+    """What a node's signature is made of: bytes, links, None for what has no bytes.
+
+    ``slots``: those of its slots that go into another node's signature.
+    """
+
+    parts: tuple[bytes | Link | None, ...]
+    slots: frozenset[int]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A prompt that may run: its needed nodes in an order in which they can run, and its whole text."""
 
     nodes: Mapping[str, PlannedNode]
     prompt: dict[str, dict[str, object]]
-    parts: dict[str, tuple[bytes | Link | None, ...]] = field(
-        default_factory=dict[str, "tuple[bytes | Link | None, ...]"]
-    )
-    """What the nodes' signatures are made of, once it was worked out (`graph_cache`)."""
+    recipes: dict[str, SignatureRecipe | None] = field(default_factory=dict[str, "SignatureRecipe | None"])
+    """For every node, once it was worked out (`graph_cache`): None where nobody asks for its signature."""
+
+    @cached_property
+    def readers(self) -> Mapping[str, int]:
+        """How many inputs each node's outputs are linked to, for those that have any."""
+        return Counter(link.node_id for node in self.nodes.values() for link in node.links.values())
 
 
 def validate_prompt(
