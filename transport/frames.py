@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, cast, get_type_hints
+from operator import attrgetter
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import msgpack
 
@@ -25,6 +26,7 @@ __all__ = ["MESSAGES", "PROTOCOL_VERSION", "decode_message", "encode_message"]
 PROTOCOL_VERSION = 1
 
 MAX_ITEMS = 100_000
+_HEAD = 2  # version and code, before the fields
 
 _Check = Callable[[object], object]
 
@@ -51,19 +53,28 @@ def _optional(inner: _Check) -> _Check:
     return lambda value: None if value is None else inner(value)
 
 
-def _sequence(value: object) -> Sequence[object]:
+def _sequence(value: Any) -> Sequence[object]:
     if type(value) is not list:
         raise ProtocolError(f"expected an array, got {type(value).__name__}")
     return cast("list[object]", value)
 
 
 def _many(inner: _Check) -> _Check:
-    return lambda value: tuple(map(inner, _sequence(value))) if value else _none_of(value)
+    return lambda value: tuple(map(inner, _sequence(value)))
 
 
-def _none_of(value: object) -> tuple[()]:
-    _sequence(value)
-    return ()
+def _many_exact(kind: type, text: str) -> _Check:
+    """As `_many`, without a call per item."""
+    only = {kind}
+
+    def check(value: object) -> object:
+        items = tuple(_sequence(value))
+        if items and set(map(type, items)) != only:
+            wrong = next(item for item in items if type(item) is not kind)
+            raise ProtocolError(f"expected {text}, got {type(wrong).__name__}")
+        return items
+
+    return check
 
 
 def _row(*inner: _Check) -> _Check:
@@ -78,30 +89,35 @@ def _row(*inner: _Check) -> _Check:
 
 _INT, _STR, _BYTES = _exact(int, "an integer"), _exact(str, "text"), _exact(bytes, "bytes")
 _BOOL = _exact(bool, "a boolean")
-_HANDLES, _FLAGS, _INTS = _many(BlockHandle.from_wire), _many(_BOOL), _many(_INT)
+_HANDLES = _many(BlockHandle.from_wire)
+_FLAGS, _INTS = _many_exact(bool, "a boolean"), _many_exact(int, "an integer")
+_THREE_TEXTS = (str, str, str)
+_VALUE_KINDS = {
+    (str, bytes, list, list, bytes, list),
+    (str, bytes, list, list, type(None), list),
+}
 
 
 def _node_rows(value: object) -> object:
     """Triples of text; on every reply, so without a call per item."""
-    rows: list[tuple[str, str, str]] = []
-    for row in _sequence(value):
-        if type(row) is not list or len(cast("list[object]", row)) != 3:
+    rows: list[tuple[object, ...]] = []
+    for row in cast("list[list[object]]", _sequence(value)):
+        if type(row) is not list or tuple(map(type, row)) != _THREE_TEXTS:
             raise ProtocolError("expected an array of 3 texts")
-        node, kind, status = cast("list[object]", row)
-        if type(node) is not str or type(kind) is not str or type(status) is not str:
-            raise ProtocolError("expected 3 texts")
-        rows.append((node, kind, status))
+        rows.append(tuple(row))
     return tuple(rows)
 
 
 def _value(value: object) -> object:
     items = _sequence(value)
-    if len(items) != 6:
-        raise ProtocolError(f"a value has 6 items, got {len(items)}")
-    name, tree, blocks, owned, identity, stats = items
-    checked = None if identity is None else _BYTES(identity)
-    note = _STR(name), _BYTES(tree), _HANDLES(blocks), _FLAGS(owned), checked, _INTS(stats)
-    return ValueNote(*cast("Any", note))
+    kinds = tuple(map(type, items))
+    if kinds not in _VALUE_KINDS:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise ProtocolError(f"a value is (text, bytes, array, array, bytes or nil, array), got ({names})")
+    name, tree, blocks, owned, identity, stats = cast("Any", items)
+    handles: Any = _HANDLES(blocks) if blocks else ()
+    flags: Any = _FLAGS(owned) if owned else ()
+    return ValueNote(name, tree, handles, flags, identity, cast("Any", _INTS(stats)))
 
 
 _CHECKS: dict[Any, _Check] = {
@@ -121,46 +137,92 @@ _CHECKS: dict[Any, _Check] = {
 }
 
 
-def _pack_handles(value: Any) -> object:
-    return [handle.to_wire() for handle in cast("Handles", value)]
+def _pack_handles(value: Handles) -> object:
+    return [handle.to_wire() for handle in value]
 
 
-def _pack_values(value: Any) -> object:
+def _pack_values(value: Values) -> object:
     return [
-        (name, tree, _pack_handles(blocks), owned, identity, stats)
-        for name, tree, blocks, owned, identity, stats in cast("Values", value)
+        (name, tree, _pack_handles(blocks) if blocks else (), owned, identity, stats)
+        for name, tree, blocks, owned, identity, stats in value
     ]
 
 
 _PACKERS: dict[Any, Callable[[Any], object]] = {Handles: _pack_handles, Values: _pack_values}
-_Row = tuple[str, _Check, Callable[[Any], object] | None]
+_EXACT: dict[Any, type] = {
+    int: int,
+    str: str,
+    bytes: bytes,
+    bool: bool,
+    Handles: list,
+    Flags: list,
+    Names: list,
+    tuple[int, ...]: list,
+    Pairs: list,
+    NodeRows: list,
+    Values: list,
+}
+"""What a field's value is in a frame, for those that are of one type. Only arrays are looked into."""
 
 
-def _table() -> dict[int, tuple[type[Message], tuple[_Row, ...]]]:
-    table: dict[int, tuple[type[Message], tuple[_Row, ...]]] = {}
+class MessageForm(NamedTuple):
+    """How one class of messages is written and read.
+
+    ``values`` gives the fields, ``checks`` are theirs in order; ``packers`` are for those that are packed in
+    another form, by place in the frame. ``kinds``: the types of all items of a frame, None where a field may
+    be of several; where they are right, ``deep`` is what else has to be checked, by place.
+    """
+
+    message: type[Message]
+    checks: tuple[_Check, ...]
+    values: Callable[[Message], tuple[object, ...]]
+    packers: tuple[tuple[int, Callable[[Any], object]], ...]
+    kinds: tuple[type, ...] | None
+    deep: tuple[tuple[int, _Check], ...]
+
+
+def _form(kind: type[Message]) -> MessageForm:
+    hints = get_type_hints(kind)
+    types = [hints[field.name] for field in fields(kind)]
+    names = tuple(field.name for field in fields(kind))
+    exact = [_EXACT.get(each) for each in types]
+    places = list(enumerate(types, _HEAD))
+    return MessageForm(
+        message=kind,
+        checks=tuple(_CHECKS[each] for each in types),
+        values=_getter(names),
+        packers=tuple((place, _PACKERS[each]) for place, each in places if each in _PACKERS),
+        kinds=None if None in exact else (int, int, *cast("list[type]", exact)),
+        deep=tuple((place, _CHECKS[each]) for place, each in places if _EXACT.get(each) is list),
+    )
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Message], tuple[object, ...]]:
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda message: tuple(getattr(message, name) for name in names)
+
+
+def _table() -> dict[int, MessageForm]:
+    table: dict[int, MessageForm] = {}
     for kind in Message.__subclasses__():
-        hints = get_type_hints(kind)
-        rows = tuple(
-            (field.name, _CHECKS[hints[field.name]], _PACKERS.get(hints[field.name]))
-            for field in fields(kind)
-        )
         if kind.code in table:
             raise AssertionError(f"message code {kind.code} is used twice")
-        table[kind.code] = (kind, rows)
+        table[kind.code] = _form(kind)
     return table
 
 
 MESSAGES = _table()
-"""Code to (class, ((field name, check, packer or None), ...))."""
+"""Code to form."""
 
 
 def encode_message(message: Message, *, max_bytes: int) -> bytes:
     """One frame. Raises MessageTooLarge: ZeroMQ itself would drop the frame without a word."""
-    _, rows = MESSAGES[message.code]
-    row: list[object] = [PROTOCOL_VERSION, message.code]
-    for name, _check, pack in rows:
-        value = getattr(message, name)
-        row.append(value if pack is None else pack(value))
+    form = MESSAGES[message.code]
+    row: list[Any] = [PROTOCOL_VERSION, message.code, *form.values(message)]
+    for place, pack in form.packers:
+        if row[place]:
+            row[place] = pack(row[place])
     frame: bytes = msgpack.packb(row, use_bin_type=True, unicode_errors="surrogatepass")
     if len(frame) > max_bytes:
         raise MessageTooLarge(
@@ -188,21 +250,29 @@ def decode_message(frame: bytes, *, max_bytes: int) -> Message:
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a frame is not MessagePack: {type(error).__name__}") from None
-    items = _sequence(row)
-    if len(items) < 2 or type(items[0]) is not int or type(items[1]) is not int:
+    items = list(_sequence(row))
+    if len(items) < _HEAD or type(items[0]) is not int or type(items[1]) is not int:
         raise ProtocolError("a frame has no version and code")
     if items[0] != PROTOCOL_VERSION:
         raise ProtocolError(f"the peer speaks protocol version {items[0]}, we speak {PROTOCOL_VERSION}")
-    entry = MESSAGES.get(items[1])
-    if entry is None:
+    form = MESSAGES.get(items[1])
+    if form is None:
         raise ProtocolError(f"unknown message code {items[1]}")
-    kind, rows = entry
-    if len(items) != len(rows) + 2:
-        raise ProtocolError(f"{kind.__name__} has {len(rows)} fields, got {len(items) - 2}")
+    if len(items) != len(form.checks) + _HEAD:
+        name, count = form.message.__name__, len(form.checks)
+        raise ProtocolError(f"{name} has {count} fields, got {len(items) - _HEAD}")
     try:
-        values = [check(item) for (_, check, _), item in zip(rows, items[2:], strict=True)]
+        return form.message(*_checked(items, form))
     except InvalidHandle as error:
-        raise InvalidHandle(f"{kind.__name__}: {error}") from None
+        raise InvalidHandle(f"{form.message.__name__}: {error}") from None
     except ProtocolError as error:
-        raise ProtocolError(f"{kind.__name__}: {error}") from None
-    return kind(*values)
+        raise ProtocolError(f"{form.message.__name__}: {error}") from None
+
+
+def _checked(items: list[object], form: MessageForm) -> list[object]:
+    """The fields of a frame. Where its types are right at a glance, only what lies in arrays is looked at."""
+    if tuple(map(type, items)) == form.kinds:
+        for place, check in form.deep:
+            items[place] = check(items[place]) if items[place] else ()
+        return items[_HEAD:]
+    return [check(item) for check, item in zip(form.checks, items[_HEAD:], strict=True)]

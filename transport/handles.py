@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import secrets
 from dataclasses import dataclass
+from operator import le
 from typing import cast
 
 from legion_shm.errors import InvalidHandle
@@ -29,6 +30,8 @@ _LIMITS = (
     ("nbytes", 1, _U64_MAX),
     ("generation", 0, _U64_MAX),
 )
+_LOWS, _HIGHS = tuple(low for _, low, _ in _LIMITS), tuple(high for _, _, high in _LIMITS)
+_INTS = {int}
 
 
 def round_up(nbytes: int, align: int = BLOCK_ALIGN) -> int:
@@ -71,14 +74,18 @@ class BlockHandle:
         items = cast("list[object] | tuple[object, ...]", obj)
         if len(items) != len(_LIMITS):
             raise InvalidHandle(f"a block handle has {len(_LIMITS)} fields, not {len(items)}")
-        fields: list[int] = []
-        for (name, low, high), item in zip(_LIMITS, items, strict=True):
-            if type(item) is not int:
-                raise InvalidHandle(f"block handle: {name} is a {type(item).__name__}, not an integer")
-            if not low <= item <= high:
-                raise InvalidHandle(f"block handle: {name} {item} is out of range")
-            fields.append(item)
-        return cls(*fields)
+        if set(map(type, items)) == _INTS:
+            numbers = cast("list[int]", items)
+            if all(map(le, _LOWS, numbers)) and all(map(le, numbers, _HIGHS)):
+                return cls(*numbers)
+        name, item = next(
+            (name, item)
+            for (name, low, high), item in zip(_LIMITS, items, strict=True)
+            if type(item) is not int or not low <= item <= high
+        )
+        if type(item) is not int:
+            raise InvalidHandle(f"block handle: {name} is a {type(item).__name__}, not an integer")
+        raise InvalidHandle(f"block handle: {name} {item} is out of range")
 
     def check_within(self, segment_nbytes: int) -> None:
         """Raise `InvalidHandle` unless the block lies, aligned, in a segment of that many bytes."""

@@ -28,7 +28,7 @@ def test_every_message_is_in_the_protocol_with_its_code() -> None:
     messages = text("docs/protocol.md").partition("## Handles")[0]
     rows = re.findall(r"^\| (\d+) \| (\w+) \|", messages, re.MULTILINE)
     assert {int(code): name for code, name in rows} == {
-        code: kind.__name__ for code, (kind, _) in MESSAGES.items()
+        code: form.message.__name__ for code, form in MESSAGES.items()
     }
 
 

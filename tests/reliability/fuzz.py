@@ -219,7 +219,9 @@ def seeds(target: str) -> list[bytes]:
         messages = (Heartbeat(1, 2, 3, "j"), LogRecord("INFO", "x", "text"), Released((_live,)))
         good = [encode_message(message, max_bytes=1 << 20) for message in messages]
         return (
-            kept + good + [msgpack.packb([1, code] + [0] * len(row)) for code, (_, row) in MESSAGES.items()]
+            kept
+            + good
+            + [msgpack.packb([1, code] + [0] * len(form.checks)) for code, form in MESSAGES.items()]
         )
     if target == "handles":
         return [*kept, msgpack.packb(_live.to_wire()), msgpack.packb([7, 1, 0, 1 << 20, 0])]
