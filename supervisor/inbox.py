@@ -68,6 +68,7 @@ _FRAMES_A_TURN = 500
 _TURN_S = 0.02  # a flood of frames may keep callers' commands and other workers' exits waiting for this long
 _PREVIEW_MAX_BYTES = 4 << 20  # a worker's own are JPEGs of 512 pixels
 _LOG_NAME_MAX = 256
+_BEGUN_READ_EVERY = 64  # jobs; the pipe has room for thousands
 
 _Handler = Callable[[WorkerIO, Any, float], None]
 
@@ -316,7 +317,9 @@ class Inbox:
             pickled=tuple(submission.options.spec.pickle_classes),
         )
         self._handle(JobReplied(worker.id, message.job, message.attempt, "done", None), now)
-        worker.has_begun(message.job, message.attempt)  # reads what it wrote: its pipe must never fill up
+        worker.replies += 1
+        if not worker.replies % _BEGUN_READ_EVERY:
+            worker.has_begun(message.job, message.attempt)  # reads what it wrote: its pipe must not fill up
 
     def _ended(self, worker: WorkerIO, message: JobFailedReply | JobCancelledReply, now: float) -> None:
         self.output(worker, now)

@@ -61,6 +61,7 @@ __all__ = ["Loop"]
 _log = logging.getLogger("legion_shm.supervisor")
 
 _MAX_WAIT_S = 10.0  # the loop looks around this often even when nothing is due
+_PUT_OFF_S = 0.001  # once a job has ended its caller needs the interpreter more than the loop does
 _LAST_WORDS_S = 0.03  # frames that a dead worker had sent may still be in ZeroMQ's hands
 _LAST_WORDS_MAX_S = 0.5  # however many frames it left
 _HELPERS = 2
@@ -121,7 +122,7 @@ class Loop:
             spawn_withdrawn=self._spawn_withdrawn,
         )
         self._freeings: weakref.WeakSet[Freeing] = weakref.WeakSet()
-        self._closing = False
+        self._closing = self._put_off = False
         self._ended = threading.Event()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="legion-loop", daemon=True)
@@ -224,7 +225,9 @@ class Loop:
 
     def _turn(self) -> None:
         now = monotonic_s()
-        due_s = self._due_s(now)
+        tick_s = None if self._put_off else self._machine.next_deadline_s()
+        due_s = now + _PUT_OFF_S if self._put_off else self._due_s(now, tick_s)
+        resolved = self._orders.resolved
         frames, fds = self._channel.wait(max(0.0, due_s - now))
         if monotonic_s() - max(now, due_s) > self._settings.heartbeat_interval_s:
             # We did not run for a while; whoever was silent meanwhile may be well.
@@ -236,21 +239,26 @@ class Loop:
             self._inbox.drain()
         for fd in fds:
             self._descriptor_ready(fd)
+        self._put_off = not self._put_off and self._orders.resolved != resolved
+        if not self._put_off:
+            self._look_around(tick_s)
+
+    def _look_around(self, tick_s: float | None) -> None:
+        """What is due, but nobody waits for. Put off by a turn where a caller is to have the interpreter."""
         self._reap()
-        deadline_s = self._machine.next_deadline_s()
-        if deadline_s is not None and monotonic_s() >= deadline_s:
+        if tick_s is not None and monotonic_s() >= tick_s:
             self._inbox.drain()
             self._handle(Tick(), monotonic_s())
-        self._lending.pass_descriptors(monotonic_s())
-        self._lending.return_leases(monotonic_s())
+        now = monotonic_s()
+        self._lending.pass_descriptors(now)
+        self._lending.return_leases(now)
 
-    def _due_s(self, now: float) -> float:
-        times = (
-            self._machine.next_deadline_s(),
-            self._processes.next_due_s(),
-            self._lending.next_due_s(now),
-        )
-        return min((time_s for time_s in times if time_s is not None), default=now + _MAX_WAIT_S)
+    def _due_s(self, now: float, tick_s: float | None) -> float:
+        due_s = now + _MAX_WAIT_S
+        for time_s in (tick_s, self._processes.next_due_s(), self._lending.next_due_s(now)):
+            if time_s is not None and time_s < due_s:
+                due_s = time_s
+        return due_s
 
     # --- commands ---------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class Schedule:
             self._make_way(first, now)
             self.pool(first, now)
         waiting = [pool for pool in self._tables.pools.values() if pool.queue]
-        for pool in sorted(waiting, key=self._rank):
+        for pool in sorted(waiting, key=self._rank) if waiting else ():
             self.pool(pool, now)
         for pool in self._tables.pools.values():
             if not pool.queue and self.lacks_workers(pool):
@@ -42,11 +42,10 @@ class Schedule:
         alive = self._tables.alive(pool)
         if not pool.warm_spares:
             return len(alive) < pool.target
-        return len(alive) < sum(self._wanted(pool, alive))
+        return len(alive) < sum(self._wanted(pool, _busy(alive)))
 
-    def _wanted(self, pool: PoolRecord, alive: list[WorkerRecord]) -> tuple[int, int]:
+    def _wanted(self, pool: PoolRecord, busy: int) -> tuple[int, int]:
         """How many workers should live: for jobs, now or as there were before; and how many spares beyond."""
-        busy = sum(1 for worker in alive if worker.state == "busy")
         working = min(pool.max_workers, busy + len(pool.queue) - pool.pinned)
         for_jobs = max(working, min(pool.max_workers, pool.target))
         in_service = max(working, min(1, for_jobs))
@@ -79,13 +78,13 @@ class Schedule:
             return
         starved_since_s, pool.starved_since_s = pool.starved_since_s, None
         alive = self._tables.alive(pool)
-        busy = sum(1 for worker in alive if worker.state == "busy")
+        busy = _busy(alive)
         for worker in alive:
             if not pool.queue or busy >= pool.max_workers:
                 break
             if worker.state == "idle" and self._send_next(worker, pool):
                 busy += 1
-        for_jobs, spares = self._wanted(pool, alive)
+        for_jobs, spares = self._wanted(pool, busy)
         if pool.given_up is not None:
             if now < pool.given_up_until_s:
                 return
@@ -103,7 +102,7 @@ class Schedule:
             pool.workers.append(worker.id)
             alive.append(worker)
             self._tables.order(SpawnWorker(worker.id, pool.key))
-        lasting = sum(1 for worker in alive if not worker.expected)
+        lasting = len([worker for worker in alive if not worker.expected])
         pool.target = max(pool.target, min(lasting, pool.max_workers))
 
     def _evict_for(self, pool: PoolRecord, now: float) -> None:
@@ -151,6 +150,10 @@ class Schedule:
         job.worker = worker.id
         job.attempt += 1
         self._tables.order(SendJob(worker.id, job.id, job.attempt))
+
+
+def _busy(workers: list[WorkerRecord]) -> int:
+    return len([worker for worker in workers if worker.state == "busy"])
 
 
 def _turn_has_come(pool: PoolRecord, now: float) -> bool:

@@ -51,8 +51,8 @@ class Tables:
 
     def alive(self, pool: PoolRecord) -> list[WorkerRecord]:
         """The workers of a pool that are not on their way out."""
-        workers = (self.workers[worker] for worker in pool.workers)
-        return [worker for worker in workers if worker.state != "stopping"]
+        workers = self.workers
+        return [worker for name in pool.workers if (worker := workers[name]).state != "stopping"]
 
     def aim_lower(self, pool: PoolRecord) -> None:
         """Before a worker is ended that need not be replaced. A spare is none of the target."""

@@ -39,7 +39,10 @@ def _job_started(worker: str, engine: str, attempt: int, job: str, seq: int, tim
 
 
 class Orders:
-    """Used by the loop's thread alone. ``specs`` and ``submissions`` are the loop's own tables."""
+    """Used by the loop's thread alone. ``specs`` and ``submissions`` are the loop's own tables.
+
+    ``resolved`` counts the jobs that have ended.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Orders:
         self._specs, self._submissions = specs, submissions
         self._handle = handle
         self._spawn_failed, self._spawn_withdrawn = spawn_failed, spawn_withdrawn
+        self.resolved = 0
 
     def carry_out(self, action: Action, now: float) -> None:
         if isinstance(action, SendJob):
@@ -103,6 +107,7 @@ class Orders:
             self._handle(JobReplied(worker.id, action.job, action.attempt, "failed", error), now)
 
     def _resolve(self, action: ResolveJob, now: float) -> None:
+        self.resolved += 1
         submission = self._submissions.pop(action.job)
         # A delivery that is not handed out is dropped here, and its finalizer gives the leases back.
         delivery = submission.delivery if action.state == "done" else None

@@ -216,7 +216,7 @@ class Processes:
         for fd, (_, reader) in worker.readers.items():
             if reader.ended:
                 self._unwatch(fd)
-        return [(str(stream), line) for stream, line in lines]
+        return [(str(stream), line) for stream, line in lines] if lines else []
 
     def exited(self, now: float) -> list[tuple[WorkerIO, int | None]]:
         """Workers whose time to speak is over, with their exit codes; None where nobody can tell it."""
@@ -234,8 +234,11 @@ class Processes:
 
     def next_due_s(self) -> float | None:
         """When `exited` or `tend` has something to do next."""
-        times = [worker.gone_at_s for worker in self._workers.values()]
-        return min((at_s for at_s in (*times, self._zygotes.next_due_s()) if at_s is not None), default=None)
+        due_s = self._zygotes.next_due_s()
+        for worker in self._workers.values():
+            if worker.gone_at_s is not None and (due_s is None or worker.gone_at_s < due_s):
+                due_s = worker.gone_at_s
+        return due_s
 
     def tend(self, now: float) -> None:
         """End what is kept for later starts and has not been used for long."""

@@ -5,7 +5,6 @@ Owns both ends. A pipe; on Windows, whose pollers take sockets alone, a pair of 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
@@ -31,18 +30,22 @@ class Wake:
             os.set_blocking(self._writer, False)
 
     def set(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has enough wake-ups to read
+        try:
             if self._pair is None:
                 os.write(self._writer, b"\0")
             else:
                 self._pair[1].send(b"\0")
+        except BlockingIOError:
+            return  # it has enough wake-ups to read
 
     def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             if self._pair is None:
                 os.read(self.fd, _READ_BYTES)
             else:
                 self._pair[0].recv(_READ_BYTES)
+        except BlockingIOError:
+            return
 
     def close(self) -> None:
         """Both ends. Nobody may call `set` any more."""

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from legion_shm.config import WorkerSpec
@@ -38,9 +39,10 @@ class LineReader:
     def read(self) -> list[str]:
         """The whole lines that have come, bounded per call; an overlong one is broken up."""
         lines: list[bytes] = []
+        read = self._read or os.read
         while not self.ended and len(lines) < _LINES_A_TURN:
             try:
-                data = (self._read or os.read)(self.fd, _READ_BYTES)
+                data = read(self.fd, _READ_BYTES)
             except BlockingIOError:
                 break
             except OSError:
@@ -92,6 +94,7 @@ class WorkerIO:
     status_awaited: bool = False  # it has ended, and the word on how is still to come
     violation: str = ""
     delivered: str = ""
+    replies: int = 0
     awaits_segment: bool = False
     awaits_copies: bool = False
     unsent: deque[tuple[int, int]] = field(default_factory=deque[tuple[int, int]])
@@ -104,11 +107,11 @@ class WorkerIO:
     def __post_init__(self) -> None:
         self.tail = deque(maxlen=self.log_lines)
 
-    @property
+    @cached_property
     def job_identity(self) -> bytes:
         return f"{self.id}.job.{self.token}".encode()
 
-    @property
+    @cached_property
     def control_identity(self) -> bytes:
         return f"{self.id}.control.{self.token}".encode()
 

@@ -301,8 +301,9 @@ class Zygote:
 
     def answer_due_s(self) -> float | None:
         """When the oldest unanswered order has been so for too long."""
-        asked_s = min((request.asked_s for request in self._asked.values()), default=None)
-        return None if asked_s is None else asked_s + _ANSWER_WAIT_S
+        if not self._asked:
+            return None
+        return min(request.asked_s for request in self._asked.values()) + _ANSWER_WAIT_S
 
     def kill(self) -> None:
         """Its workers go on. What follows comes with its end."""
