@@ -114,13 +114,13 @@ def name_inputs(inputs: Mapping[str, object] | Sequence[object] | None) -> dict[
     """
     if inputs is None:
         return {}
+    if isinstance(inputs, (list, tuple)):
+        return {f"input_{number}": value for number, value in enumerate(inputs, 1)}
     if isinstance(inputs, Mapping):
         for name in cast("Mapping[object, object]", inputs):
             if not isinstance(name, str) or not name:
                 raise InvalidWorkflow(f"input name {name!r}: a channel's name is non-empty text")
         return dict(inputs)
-    if isinstance(inputs, (list, tuple)):
-        return {f"input_{number}": value for number, value in enumerate(inputs, 1)}
     raise InvalidWorkflow(
         f"inputs must be a list, a tuple or a mapping of names to values, not {type(inputs).__name__}; "
         "for a single value write inputs=[value]"

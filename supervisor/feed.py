@@ -13,10 +13,9 @@ import copy
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ForkedError, JobError, LegionError
@@ -33,20 +32,22 @@ MakeEvent = Callable[[str, int, float], Event]
 """Gives an event from the job's id, the event's sequence number and its time."""
 
 
-@dataclass
+_Late = tuple[Callable[..., Event], tuple[Any, ...], float]
+"""What makes an event, what it takes besides the id, the number and the time, and the time."""
+
+
 class _History:
     """The last events of a job; ``first`` is the sequence number of the oldest one that is kept."""
 
-    job: str
-    limit: int
-    kept: deque[Event | tuple[MakeEvent, float]] = field(
-        default_factory=deque["Event | tuple[MakeEvent, float]"]
-    )
-    first: int = 0
+    __slots__ = ("first", "job", "kept", "limit")
 
-    def append(self, make: MakeEvent, time_s: float) -> None:
-        self.kept.append((make, time_s))
-        if len(self.kept) > self.limit:
+    def __init__(self, job: str, limit: int) -> None:
+        self.job, self.limit, self.first = job, limit, 0
+        self.kept: deque[Event | _Late] = deque()
+
+    def append(self, *entries: _Late) -> None:
+        self.kept.extend(entries)
+        while len(self.kept) > self.limit:
             self.kept.popleft()
             self.first += 1
 
@@ -55,8 +56,8 @@ class _History:
         for index in range(position - self.first, len(self.kept)):
             entry = self.kept[index]
             if isinstance(entry, tuple):
-                make, time_s = entry
-                self.kept[index] = make(self.job, self.first + index, time_s)
+                make, more, time_s = entry
+                self.kept[index] = make(*more, self.job, self.first + index, time_s)
         return cast("list[Event]", list(self.kept)[position - self.first :])
 
     @property
@@ -71,7 +72,8 @@ class JobFeed:
         self.job_id = job_id
         self._on_end = on_end
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._news: threading.Condition | None = None  # made by the first reader of events
         self._ended = threading.Lock()  # apart, so that news wake nobody who waits for the end alone
         self._ended.acquire()  # given up at the end; whoever gets it then passes it on
         self._readers = 0
@@ -95,14 +97,20 @@ class JobFeed:
 
     def emit(self, *makes: MakeEvent, now: float) -> None:
         """Append an event for each ``make(job id, sequence number, time)``; nothing after the end."""
-        with self._changed:
+        self._emit([(make, (), now) for make in makes])
+
+    def emit_rows(self, make: Callable[..., Event], rows: Sequence[tuple[Any, ...]], now: float) -> None:
+        """As `emit`: for each row an event ``make(*row, job id, sequence number, time)``."""
+        self._emit([(make, row, now) for row in rows])
+
+    def _emit(self, entries: list[_Late]) -> None:
+        with self._lock:
             if not self.done():
-                for make in makes:
-                    self._history.append(make, now)
+                self._history.append(*entries)
                 self._wake()
 
     def set_running(self, running: bool) -> None:
-        with self._changed:
+        with self._lock:
             if not self.done():
                 self._state = "running" if running else "queued"
 
@@ -110,25 +118,26 @@ class JobFeed:
         self, state: TerminalState, error: LegionError | None, delivery: Delivery | None, now: float
     ) -> None:
         """End the job, once."""
-        with self._changed:
+        with self._lock:
             if self.done():
                 raise AssertionError(f"job {self.job_id} was resolved twice")
             if isinstance(error, JobError) and error.job_id is None:
                 error.job_id = self.job_id
             self._error, self._delivery = error, delivery
-            self._history.append(partial(_job_ended, state, error), now)
+            self._history.append((_job_ended, (state, error), now))
             self._state = state
         self._on_end()
         self._ended.release()
-        with self._changed:
+        with self._lock:
             self._wake()
 
     def _wake(self) -> None:
         if self._readers:
             self._changed.notify_all()
-        wakers, self._wakers = self._wakers, []
-        for wake in wakers:
-            wake()
+        if self._wakers:
+            wakers, self._wakers = self._wakers, []
+            for wake in wakers:
+                wake()
 
     # --- the callers' side ----------------------------------------------------------------------------
 
@@ -150,6 +159,13 @@ class JobFeed:
             # Ctrl-C may have ended a waiter right after it had got the lock: nobody waits for it for ever.
             if self.done() or (deadline_s is not None and monotonic_s() >= deadline_s):
                 return self.done()
+
+    @property
+    def _changed(self) -> threading.Condition:
+        with self._lock:
+            if self._news is None:
+                self._news = threading.Condition(self._lock)
+            return self._news
 
     async def wait_async(self) -> None:
         await self._until(self.done)
@@ -193,7 +209,7 @@ class JobFeed:
 
     async def events_from_async(self, position: int) -> tuple[list[Event], int]:
         await self._until(lambda: self._has_news(position))
-        with self._changed:
+        with self._lock:
             return self._since(position)
 
     def check_process(self) -> None:
@@ -221,7 +237,7 @@ class JobFeed:
         loop = asyncio.get_running_loop()
         while True:
             changed: asyncio.Future[None] = loop.create_future()
-            with self._changed:
+            with self._lock:
                 if condition():
                     return
                 wake = _waker(loop, changed)
@@ -229,7 +245,7 @@ class JobFeed:
             try:
                 await changed
             finally:
-                with self._changed, contextlib.suppress(ValueError):
+                with self._lock, contextlib.suppress(ValueError):
                     self._wakers.remove(wake)  # it is there still when the waiter was cancelled
 
 

@@ -21,7 +21,7 @@ from legion_shm.supervisor.lending import Lending
 from legion_shm.supervisor.machine import Machine
 from legion_shm.supervisor.master_memory import MasterMemory
 from legion_shm.supervisor.processes import Processes
-from legion_shm.supervisor.replies import error_from, readable, stats_from
+from legion_shm.supervisor.replies import Figures, error_from, readable, stats_from
 from legion_shm.supervisor.result import Delivery
 from legion_shm.supervisor.stimuli import (
     HeartbeatSeen,
@@ -70,6 +70,7 @@ _PREVIEW_MAX_BYTES = 4 << 20  # a worker's own are JPEGs of 512 pixels
 _LOG_NAME_MAX = 256
 _BEGUN_READ_EVERY = 64  # jobs; the pipe has room for thousands
 
+_STATUSES = frozenset(("started", "finished", "cached"))
 _Handler = Callable[[WorkerIO, Any, float], None]
 
 
@@ -303,7 +304,7 @@ class Inbox:
             message.values,
             partial(
                 stats_from,
-                message,
+                Figures.of(message),
                 submission.times,
                 submission.packed.stats,
                 engine=worker.engine,
@@ -333,14 +334,14 @@ class Inbox:
 
 
 def _check_rows(message: NodeNotes | JobDone) -> None:
-    for _, _, status in message.rows:
-        if status not in ("started", "finished", "cached"):
-            raise ProtocolError(f"a node's status is {status!r}")
+    unknown = {status for _, _, status in message.rows} - _STATUSES
+    if unknown:
+        raise ProtocolError(f"a node's status is {unknown.pop()!r}")
 
 
 def _emit_rows(submission: Submission, message: NodeNotes | JobDone, now: float) -> None:
     if message.rows:
-        submission.feed.emit(*(partial(_node_event, *row) for row in message.rows), now=now)
+        submission.feed.emit_rows(_node_event, message.rows, now)
 
 
 def _node_event(node_id: str, class_type: str, status: Any, job: str, seq: int, time_s: float) -> NodeEvent:

@@ -146,7 +146,7 @@ class Lending:
         """Notes in ``taken`` each lease; whether one is on a block that was there before."""
         referred = False
         for _, _, blocks, owned, _, numbers in message.values:
-            if len(blocks) != len(owned) or len(numbers) != _STATS or any(number < 0 for number in numbers):
+            if len(blocks) != len(owned) or len(numbers) != _STATS or min(numbers) < 0:
                 raise ProtocolError("JobDone: a value's blocks, marks and figures do not fit together")
             for handle, new in zip(blocks, owned, strict=True):
                 if new:

@@ -272,7 +272,9 @@ class Loop:
         feed, options = submission.feed, submission.options
         self._submissions[submission.job] = submission
         self._lending.accept(submission.job, submission.packed)
-        feed.emit(JobQueued, *(partial(_warning, text) for text in submission.warnings), now=now)
+        feed.emit(JobQueued, now=now)
+        if submission.warnings:
+            feed.emit_rows(_warning, [(text,) for text in submission.warnings], now)
         deadline_s = None if options.deadline_s is None else submission.times.submitted_s + options.deadline_s
         self._handle(
             JobSubmitted(

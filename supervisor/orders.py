@@ -6,7 +6,6 @@ Owns nothing but the translation of actions into messages, signals, processes an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from legion_shm import faults
 from legion_shm.config import WorkerSpec
@@ -86,7 +85,7 @@ class Orders:
         submission.times.sent_s = now
         freed = self._lending.lend(worker, submission.packed)
         submission.feed.set_running(True)
-        submission.feed.emit(partial(_job_started, worker.id, worker.engine, action.attempt), now=now)
+        submission.feed.emit_rows(_job_started, [(worker.id, worker.engine, action.attempt)], now)
         message = RunJob(
             action.job,
             action.attempt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from legion_shm.errors import (
     ArenaFull,
@@ -19,7 +20,7 @@ from legion_shm.transport.codec import TransferStats
 from legion_shm.transport.messages import JobCancelledReply, JobDone, JobFailedReply
 from legion_shm.transport.values import EXTRA_DATA, REPORT
 
-__all__ = ["TEXT_MAX", "error_from", "readable", "stats_from"]
+__all__ = ["TEXT_MAX", "Figures", "error_from", "readable", "stats_from"]
 
 TEXT_MAX = 64 * 1024
 """Characters that are kept of one text of a worker. Its own limits are lower; whoever speaks past them is not
@@ -76,8 +77,34 @@ def error_from(
     )
 
 
+class Figures(NamedTuple):
+    """What stays of a `JobDone` for its job's figures; ``values``: name and figures of each output."""
+
+    attempt: int
+    received_us: int
+    decoded_us: int
+    executed_us: int
+    encoded_us: int
+    nodes_executed: int
+    nodes_cached: int
+    values: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, message: JobDone) -> Figures:
+        return cls(
+            message.attempt,
+            message.received_us,
+            message.decoded_us,
+            message.executed_us,
+            message.encoded_us,
+            message.nodes_executed,
+            message.nodes_cached,
+            tuple([(note.name, note.stats) for note in message.values]),
+        )
+
+
 def stats_from(
-    message: JobDone,
+    reply: Figures,
     times: JobTimes,
     sent: Mapping[str, TransferStats],
     result_decode_s: float,
@@ -98,23 +125,23 @@ def stats_from(
         Transfer.from_stats("to_worker", name, stats) for name, stats in sent.items() if name != EXTRA_DATA
     ]
     transfers += [
-        Transfer.from_stats("from_worker", note.name, TransferStats(*note.stats))
-        for note in message.values
-        if note.name != REPORT
+        Transfer.from_stats("from_worker", name, TransferStats(*numbers))
+        for name, numbers in reply.values
+        if name != REPORT
     ]
     return JobStats(
         engine=engine,
         worker_id=worker,
-        attempts=message.attempt,
-        nodes_executed=message.nodes_executed,
-        nodes_cached=message.nodes_cached,
+        attempts=reply.attempt,
+        nodes_executed=reply.nodes_executed,
+        nodes_cached=reply.nodes_cached,
         encode_s=times.encoded_s - times.submitted_s,
         queue_s=times.sent_s - times.encoded_s,
-        to_worker_s=seconds(message.received_us) - times.sent_s,
-        decode_s=seconds(message.decoded_us - message.received_us),
-        execute_s=seconds(message.executed_us - message.decoded_us),
-        result_encode_s=seconds(message.encoded_us - message.executed_us),
-        from_worker_s=now - seconds(message.encoded_us),
+        to_worker_s=seconds(reply.received_us) - times.sent_s,
+        decode_s=seconds(reply.decoded_us - reply.received_us),
+        execute_s=seconds(reply.executed_us - reply.decoded_us),
+        result_encode_s=seconds(reply.encoded_us - reply.executed_us),
+        from_worker_s=now - seconds(reply.encoded_us),
         total_s=now - times.submitted_s,
         result_decode_s=result_decode_s,
         transfers=tuple(transfers),

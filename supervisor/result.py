@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 from legion_shm.clock import monotonic_s
@@ -100,13 +101,20 @@ class Result(Mapping[str, Any]):
         self,
         outputs: Mapping[str, Any],
         ui: Mapping[str, Any],
-        stats: JobStats,
+        stats: JobStats | Callable[[], JobStats],
         folders: Mapping[str, str] | None = None,
     ) -> None:
         self._outputs = dict(outputs)
         self.ui = ui
         self.folders: Mapping[str, str] = folders or {}
-        self.stats = stats
+        self._stats = stats
+
+    @property
+    def stats(self) -> JobStats:
+        """Where the time went, and what crossed."""
+        if not isinstance(self._stats, JobStats):  # worked out for whoever asks
+            self._stats = self._stats()
+        return self._stats
 
     @property
     def engine(self) -> str:
@@ -172,10 +180,12 @@ class Delivery:
         self._allow_cpu, self._remotes, self._pickled = allow_cpu, remotes, pickled
         self._lock = threading.Lock()
         self._decoded: Result | LegionError | None = None
-        handles = tuple(handle for note in values for handle in note.blocks)
-        self._finalizer = weakref.finalize(self, decoder.give_back, handles, worker, remotes)
-        self._finalizer.atexit = False
-        decoder.expect(self)
+        handles = [handle for note in values for handle in note.blocks]
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+        if handles or remotes:  # else nothing is held, and it can be decoded at any time
+            self._finalizer = weakref.finalize(self, decoder.give_back, tuple(handles), worker, remotes)
+            self._finalizer.atexit = False
+            decoder.expect(self)
 
     def decode(self) -> Result:
         """The result, or the LegionError that its values raise."""
@@ -189,7 +199,8 @@ class Delivery:
         with self._lock:
             if self._decoded is None:
                 started_s = monotonic_s()
-                self._finalizer.detach()
+                if self._finalizer is not None:
+                    self._finalizer.detach()
                 try:
                     outputs = self._decoder.unpack(
                         self._values,
@@ -207,5 +218,5 @@ class Delivery:
                     raise
                 ui = cast("dict[str, Any]", outputs.pop(REPORT, {}))
                 folders = cast("Mapping[str, str]", ui.pop(FOLDERS, {}))
-                stats = self._stats(monotonic_s() - started_s)
+                stats = partial(self._stats, monotonic_s() - started_s)
                 self._decoded = Result(outputs, ui, stats, folders)

@@ -75,6 +75,7 @@ VALUE_TYPES.add_source(Plugins(VALUE_TYPES))
 
 _LIMITS = DecodeLimits()
 _DEVICES = DevicePolicy()
+_NO_PAYLOAD = TransferStats()
 _HANDLE = struct.Struct("<QIQQQ")
 
 
@@ -115,6 +116,9 @@ def encode(
         raise UnsupportedValue(f"{where}: {refusal.reason}", path=where) from refusal.__cause__
     except RecursionError as error:
         raise UnsupportedValue(f"{path}: nested too deep for this thread's stack", path=path) from error
+    if not (planner.regions or planner.tensors or fresh):  # nothing but what is in the tree
+        tree = pack_tree([], planner.tokens)
+        return EncodedValue(tree, (), (), _NO_PAYLOAD, noted=tuple(planner.noted))
     groups = cluster(planner.regions) if planner.regions else []
     written = write_groups(groups, store, max_inline_bytes=limits.max_inline_bytes, fresh=fresh)
     try:

@@ -6,12 +6,10 @@ A reducer may place what it will send again, as a model's weights, into a block 
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 __all__ = [
     "Placing",
@@ -64,14 +62,19 @@ def weights_way() -> WeightsWay:
     return _way.get()
 
 
-@contextlib.contextmanager
-def weights_go(way: WeightsWay) -> Generator[None, None, None]:
+class weights_go:  # noqa: N801 - used as a function, as is `residing`; generators take three times as long
     """Let what is encoded inside send the weights of models that way."""
-    token = _way.set(way)
-    try:
-        yield
-    finally:
-        _way.reset(token)
+
+    __slots__ = ("_token", "_wanted")
+
+    def __init__(self, way: WeightsWay) -> None:
+        self._wanted: WeightsWay = way
+
+    def __enter__(self) -> None:
+        self._token = _way.set(self._wanted)
+
+    def __exit__(self, *exception: object) -> None:
+        _way.reset(self._token)
 
 
 @dataclass
@@ -93,14 +96,20 @@ def note_placed(nbytes: int) -> None:
         placing.copies += 1
 
 
-@contextlib.contextmanager
-def residing(memory: object) -> Generator[Placing, None, None]:
+class residing:  # noqa: N801
     """Let what is encoded or decoded inside find this memory, if it can hold anything for longer."""
-    placing = Placing()
-    residence = cast("Residence", memory) if hasattr(memory, "resident_buffer") else None
-    memory_token, placing_token = _current.set(residence), _placing.set(placing)
-    try:
-        yield placing
-    finally:
+
+    __slots__ = ("_memory", "_tokens")
+
+    def __init__(self, memory: object) -> None:
+        self._memory: Any = memory if hasattr(memory, "resident_buffer") else None
+
+    def __enter__(self) -> Placing:
+        placing = Placing()
+        self._tokens = _current.set(self._memory), _placing.set(placing)
+        return placing
+
+    def __exit__(self, *exception: object) -> None:
+        memory_token, placing_token = self._tokens
         _current.reset(memory_token)
         _placing.reset(placing_token)

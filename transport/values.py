@@ -97,7 +97,7 @@ def pack(
     except BaseException:
         discard(tuple(notes), store)
         raise
-    noted = tuple(item for encoded in keep for item in encoded.noted)
+    noted = tuple([item for encoded in keep for item in encoded.noted])
     return PackedValues(tuple(notes), stats, tuple(keep), noted)
 
 
