@@ -34,6 +34,7 @@ from legion_shm.errors import (
     SupervisorClosed,
     UnsupportedValue,
 )
+from legion_shm.events import JobQueued
 from legion_shm.ids import new_job_id
 from legion_shm.supervisor.feed import JobFeed
 from legion_shm.supervisor.freeing import FreedMemory
@@ -189,7 +190,7 @@ class Supervisor:
             except UnsupportedValue:
                 self._memory.discard_values(packed.values)
                 raise
-            size = len(prepared.data) + sum(len(note.tree) for note in packed.values) + _FRAME_SLACK_BYTES
+            size = len(prepared.data) + sum([len(note.tree) for note in packed.values]) + _FRAME_SLACK_BYTES
             if size > self.settings.max_message_bytes:
                 self._memory.discard_values(packed.values)
                 raise MessageTooLarge(
@@ -199,7 +200,13 @@ class Supervisor:
         except BaseException:
             self._give_place()
             raise
-        feed = JobFeed(new_job_id(), history=self.settings.event_history, on_end=self._give_place)
+        encoded_s = monotonic_s()
+        feed = JobFeed(
+            new_job_id(),
+            history=self.settings.event_history,
+            on_end=self._give_place,
+            first=(JobQueued, (), encoded_s),
+        )
         submission = Submission(
             job=feed.job_id,
             feed=feed,
@@ -208,7 +215,7 @@ class Supervisor:
             workflow=prepared.data,
             digest=prepared.digest,
             packed=packed,
-            times=JobTimes(submitted_s, monotonic_s()),
+            times=JobTimes(submitted_s, encoded_s),
             warnings=warnings,
             worker=worker,
         )

@@ -23,7 +23,7 @@ from legion_shm.events import TERMINAL_STATES, Event, EventsDropped, JobEnded, T
 from legion_shm.supervisor.result import Delivery, Result
 from legion_shm.waits import heard
 
-__all__ = ["JobFeed", "MakeEvent"]
+__all__ = ["JobFeed", "LateEvent", "MakeEvent"]
 
 _LOOK_S = 1.0
 
@@ -32,7 +32,7 @@ MakeEvent = Callable[[str, int, float], Event]
 """Gives an event from the job's id, the event's sequence number and its time."""
 
 
-_Late = tuple[Callable[..., Event], tuple[Any, ...], float]
+LateEvent = tuple[Callable[..., Event], tuple[Any, ...], float]
 """What makes an event, what it takes besides the id, the number and the time, and the time."""
 
 
@@ -41,11 +41,11 @@ class _History:
 
     __slots__ = ("first", "job", "kept", "limit")
 
-    def __init__(self, job: str, limit: int) -> None:
+    def __init__(self, job: str, limit: int, *entries: LateEvent) -> None:
         self.job, self.limit, self.first = job, limit, 0
-        self.kept: deque[Event | _Late] = deque()
+        self.kept: deque[Event | LateEvent] = deque(entries)
 
-    def append(self, *entries: _Late) -> None:
+    def append(self, *entries: LateEvent) -> None:
         self.kept.extend(entries)
         while len(self.kept) > self.limit:
             self.kept.popleft()
@@ -68,7 +68,10 @@ class _History:
 class JobFeed:
     """One job's news. ``on_end`` is called once, by the loop, before those who wait for the end wake."""
 
-    def __init__(self, job_id: str, *, history: int, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, job_id: str, *, history: int, on_end: Callable[[], None], first: LateEvent | None = None
+    ) -> None:
+        """``history``: how many events are kept. ``first``: one that there is from the start."""
         self.job_id = job_id
         self._on_end = on_end
         self._pid = os.getpid()
@@ -77,7 +80,7 @@ class JobFeed:
         self._ended = threading.Lock()  # apart, so that news wake nobody who waits for the end alone
         self._ended.acquire()  # given up at the end; whoever gets it then passes it on
         self._readers = 0
-        self._history = _History(job_id, history)
+        self._history = _History(job_id, history) if first is None else _History(job_id, history, first)
         self._state: str = "queued"
         self._error: LegionError | None = None
         self._delivery: Delivery | None = None
@@ -103,10 +106,18 @@ class JobFeed:
         """As `emit`: for each row an event ``make(*row, job id, sequence number, time)``."""
         self._emit([(make, row, now) for row in rows])
 
-    def _emit(self, entries: list[_Late]) -> None:
+    def _emit(self, entries: list[LateEvent]) -> None:
         with self._lock:
             if not self.done():
                 self._history.append(*entries)
+                self._wake()
+
+    def begin(self, make: Callable[..., Event], row: tuple[Any, ...], now: float) -> None:
+        """The job runs from now on; the event that tells of it, as in `emit_rows`."""
+        with self._lock:
+            if self._state not in TERMINAL_STATES:
+                self._state = "running"
+                self._history.append((make, row, now))
                 self._wake()
 
     def set_running(self, running: bool) -> None:
@@ -128,8 +139,9 @@ class JobFeed:
             self._state = state
         self._on_end()
         self._ended.release()
-        with self._lock:
-            self._wake()
+        if self._readers or self._wakers:  # who comes now sees the end
+            with self._lock:
+                self._wake()
 
     def _wake(self) -> None:
         if self._readers:

@@ -258,18 +258,19 @@ class _Run:
             node = plan.nodes[node_id]
             self._job.check_cancelled()
             signature = signatures.get(node_id)
-            twin = cache.find(signature)
+            twin = None if signature is None else cache.find(signature)
             if twin is not None:
                 self._let_go(node)
                 self._events.node(node_id, node.class_type, "cached")
             else:
                 twin = self._run_node(node)
-                cache.store(node, signature, twin)
+                if signature is not None:
+                    cache.store(node, signature, twin)
                 executed += 1
-            self._take(node_id, twin)
+            self._note_ui(node_id, twin)
+            if self._readers.get(node_id):
+                self._results[node_id] = twin
             twin = None  # so that what its only reader gets is in nobody else's hands
-            if not self._readers.get(node_id):
-                self._results.pop(node_id, None)
         self._job.check_cancelled()
         return JobOutcome(
             outputs=self._job.delivered,
@@ -293,9 +294,11 @@ class _Run:
             if node_id in seen:
                 continue
             seen.add(node_id)
-            kept = self._cache.find(signatures.get(node_id))
+            signature = signatures.get(node_id)
+            kept = None if signature is None else self._cache.find(signature)
             if kept is not None:
-                self._take(node_id, kept)
+                self._results[node_id] = kept
+                self._note_ui(node_id, kept)
                 continue
             chosen.add(node_id)
             for source in plan.nodes[node_id].links.values():
@@ -303,8 +306,7 @@ class _Run:
                 stack.append(source.node_id)
         return [node_id for node_id in plan.nodes if node_id in chosen]
 
-    def _take(self, node_id: str, result: NodeResult) -> None:
-        self._results[node_id] = result
+    def _note_ui(self, node_id: str, result: NodeResult) -> None:
         if result.ui:
             self._ui[node_id] = dict(result.ui)
 
@@ -331,7 +333,7 @@ class _Run:
             if node.is_builtin:
                 check_images(node.node_class, inputs)
             node_object = self._cache.node_object(node)
-            function = cast("Callable[..., object]", getattr(node_object, str(node.node_class.FUNCTION)))
+            function: Callable[..., object] = getattr(node_object, str(node.node_class.FUNCTION))
             result = read_results(self._call(function, inputs, node.input_is_list), node.node_class)
             if loan is not None:
                 inputs = {}

@@ -236,8 +236,8 @@ class GraphCache:
             self._objects[key] = node.node_class()
         return self._objects[key]
 
-    def find(self, signature: Signature | None) -> NodeResult | None:
-        if signature is None or signature.volatile:
+    def find(self, signature: Signature) -> NodeResult | None:
+        if signature.volatile:
             return None
         kept = self._results.get(signature.node)
         if kept is None:
@@ -248,9 +248,9 @@ class GraphCache:
             return None
         return result
 
-    def store(self, node: PlannedNode, signature: Signature | None, result: NodeResult) -> None:
+    def store(self, node: PlannedNode, signature: Signature, result: NodeResult) -> None:
         """Keep a result for later jobs, unless the node is volatile or its class says not to."""
-        if node.kept and signature is not None and not signature.volatile:
+        if node.kept and not signature.volatile:
             self._results[signature.node] = (result, Watch(result.outputs))
 
     def __len__(self) -> int:

@@ -150,8 +150,7 @@ def read_results(results: Sequence[object], node_class: NodeClass) -> NodeResult
     A call may return a tuple (or list) with one item per RETURN_TYPES entry, a dict with ``ui`` and
     ``result``, or, where nothing is declared, None. A dict without ``result`` gives no outputs.
     """
-    types: object = node_class.RETURN_TYPES
-    expected = len(cast("tuple[object, ...]", types) if type(types) is tuple else return_types(node_class))
+    expected = len(return_types(node_class))
     if len(results) == 1 and type(results[0]) is tuple and not getattr(node_class, "OUTPUT_IS_LIST", None):
         only = cast("tuple[object, ...]", results[0])
         if len(only) == expected:

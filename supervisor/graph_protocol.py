@@ -164,7 +164,8 @@ def hidden_inputs(declared: Mapping[str, Any]) -> dict[str, str]:
 
 
 def return_types(node_class: NodeClass) -> tuple[object, ...]:
-    return tuple(cast("tuple[object, ...]", node_class.RETURN_TYPES))
+    types: tuple[object, ...] = tuple(node_class.RETURN_TYPES)
+    return types
 
 
 def parse_link(value: object) -> Link | None:

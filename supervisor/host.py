@@ -24,7 +24,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from legion_shm import faults
 from legion_shm.clock import monotonic_s
@@ -40,7 +40,7 @@ from legion_shm.supervisor.host_control import ControlThread
 from legion_shm.supervisor.host_reports import Events, LogHandler, failure_reply
 from legion_shm.supervisor.spawn import HostConfig
 from legion_shm.supervisor.worker_env import without_preload
-from legion_shm.supervisor.worker_io import begun_mark
+from legion_shm.supervisor.worker_io import write_begun
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
 from legion_shm.transport.codec import RECORDS, VALUE_TYPES, Pickled
@@ -255,9 +255,8 @@ class _Host:
         with contextlib.suppress(Exception):
             if self._engine is not None:
                 self._engine.close()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
         self._control.stop()
         self._jobs.close()
         ClientChannel.terminate()
@@ -272,17 +271,15 @@ class _Host:
         self._control.begin(message.job)
         if faults.hit is not None:
             faults.hit("host.before_begun")
-        with contextlib.suppress(BlockingIOError):  # unread for thousands of jobs
-            os.write(self._config.begun_fd, f"{begun_mark(message.job, message.attempt)}\n".encode())
+        write_begun(self._config.begun_fd, message.job, message.attempt)
         if faults.hit is not None:
             faults.hit("host.after_begun")
         try:
             reply = self._execute(message)
         finally:
             self._control.end()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
         if self._log_handler is not None:
             self._log_handler.tell_left_out()
         self._control.flush_logs(self._send)
@@ -393,6 +390,13 @@ class _Host:
             self._send(message)
         else:
             self._control.post(message)
+
+
+def _flush(stream: Any) -> None:
+    try:
+        stream.flush()
+    except Exception:  # whatever a node has put in its place
+        return
 
 
 def _now_us() -> int:

@@ -117,8 +117,8 @@ class Inbox:
             Freed: self._freed,
         }
 
-    def drain(self) -> set[str] | None:
-        """Handle what has arrived, bounded in number and time.
+    def drain(self, *, waits: bool = False) -> set[str] | None:
+        """Handle what has arrived, bounded in number and time. ``waits``: something is known to have.
 
         Gives None when nothing more waits, else the ids of the workers that were heard. ZeroMQ takes frames
         from one socket after the other, so of a worker that is not among them nothing is left.
@@ -126,7 +126,8 @@ class Inbox:
         until_s = monotonic_s() + _TURN_S
         heard: set[str] = set()
         for _ in range(_FRAMES_A_TURN):
-            received = self._channel.receive()
+            received = self._channel.receive(waits=waits)
+            waits = False
             if received is None:
                 return None
             identity, frame = received

@@ -25,7 +25,7 @@ from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.config import SupervisorSettings, WorkerSpec
 from legion_shm.errors import JobCancelled, StartupError, WorkerLost
-from legion_shm.events import JobQueued, LogEvent
+from legion_shm.events import LogEvent
 from legion_shm.helper_threads import HelperThreads
 from legion_shm.supervisor.commands import Command, Commands
 from legion_shm.supervisor.freeing import FreedMemory, Freeing
@@ -234,9 +234,10 @@ class Loop:
             self._handle(Stalled(), monotonic_s())
         ended_views = self.memory.drain_released()
         self._commands.carry_out(monotonic_s, woken=self._commands.wake_fd in fds)
-        self._lending.own_views_ended(ended_views)
+        if ended_views:
+            self._lending.own_views_ended(ended_views)
         if frames:
-            self._inbox.drain()
+            self._inbox.drain(waits=True)
         for fd in fds:
             self._descriptor_ready(fd)
         self._put_off = not self._put_off and self._orders.resolved != resolved
@@ -272,7 +273,6 @@ class Loop:
         feed, options = submission.feed, submission.options
         self._submissions[submission.job] = submission
         self._lending.accept(submission.job, submission.packed)
-        feed.emit(JobQueued, now=now)
         if submission.warnings:
             feed.emit_rows(_warning, [(text,) for text in submission.warnings], now)
         deadline_s = None if options.deadline_s is None else submission.times.submitted_s + options.deadline_s

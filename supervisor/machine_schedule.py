@@ -35,7 +35,7 @@ class Schedule:
         for pool in sorted(waiting, key=self._rank) if waiting else ():
             self.pool(pool, now)
         for pool in self._tables.pools.values():
-            if not pool.queue and self.lacks_workers(pool):
+            if pool is not first and not pool.queue and self.lacks_workers(pool):
                 self.pool(pool, now)
 
     def lacks_workers(self, pool: PoolRecord) -> bool:
@@ -84,6 +84,8 @@ class Schedule:
                 break
             if worker.state == "idle" and self._send_next(worker, pool):
                 busy += 1
+        if not (pool.queue or pool.warm_spares or pool.given_up) and len(alive) == pool.target:
+            return  # as it nearly always is: neither more nor fewer are wanted
         for_jobs, spares = self._wanted(pool, busy)
         if pool.given_up is not None:
             if now < pool.given_up_until_s:

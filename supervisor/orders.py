@@ -84,8 +84,6 @@ class Orders:
         worker = self._processes[action.worker]
         submission.times.sent_s = now
         freed = self._lending.lend(worker, submission.packed)
-        submission.feed.set_running(True)
-        submission.feed.emit_rows(_job_started, [(worker.id, worker.engine, action.attempt)], now)
         message = RunJob(
             action.job,
             action.attempt,
@@ -96,11 +94,16 @@ class Orders:
             submission.options.allow_cpu,
             submission.options.remote,
         )
+        error: MessageTooLarge | None = None
         try:
             self._processes.send(worker, message)
             if faults.hit is not None:
                 faults.hit("orders.after_send_job")
-        except MessageTooLarge as error:
+        except MessageTooLarge as too_large:
+            error = too_large
+        # Told when it is on its way: its answer is read by this thread, later.
+        submission.feed.begin(_job_started, (worker.id, worker.engine, action.attempt), now)
+        if error is not None:
             self._processes.send(worker, BlocksFreed(freed))
             self._lending.not_lent(worker, submission.packed)
             self._handle(JobReplied(worker.id, action.job, action.attempt, "failed", error), now)

@@ -34,6 +34,10 @@ class SpawnedWorker(ABC):
     begun: int
     descriptors: socket.socket | None
 
+    def has_output(self) -> bool:
+        """Whether ``stdout`` or ``stderr`` may be worth a `read`. False is sure, and comes quicker."""
+        return True
+
     def read(self, fd: int, nbytes: int) -> bytes:
         """From ``stdout``, ``stderr`` or ``begun``: up to so many bytes, b"" at the end of it.
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from legion_shm.supervisor.spawned import SIGKILL, SpawnedWorker
@@ -67,6 +69,16 @@ class PosixWorker(SpawnedWorker):
     death_fd: int
     begun: int
     descriptors: socket.socket | None
+
+    def has_output(self) -> bool:
+        return bool(self._output.poll(0))
+
+    @cached_property
+    def _output(self) -> select.poll:
+        poll = select.poll()
+        for fd in (self.stdout, self.stderr):
+            poll.register(fd, select.POLLIN)
+        return poll
 
     def ended(self) -> bool:
         return self.process.ended()

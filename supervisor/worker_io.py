@@ -18,7 +18,7 @@ from legion_shm.ids import new_arena_id, new_token
 from legion_shm.supervisor.spawned import SIGKILL, SIGTERM, SpawnedWorker
 from legion_shm.transport.channel import Endpoint
 
-__all__ = ["LineReader", "WorkerIO", "begun_mark", "describe_exit"]
+__all__ = ["LineReader", "WorkerIO", "begun_mark", "describe_exit", "write_begun"]
 
 Stream = Literal["stdout", "stderr"]
 
@@ -152,11 +152,21 @@ class WorkerIO:
     def read_lines(self) -> list[tuple[Stream, str]]:
         """What it wrote since the last call, into the tail as well."""
         lines: list[tuple[Stream, str]] = []
+        if self.spawned is None or not self.spawned.has_output():
+            return lines
         for stream, reader in self.readers.values():
             for line in reader.read():
                 self.tail.append(line)
                 lines.append((stream, line))
         return lines
+
+
+def write_begun(fd: int, job: str, attempt: int) -> None:
+    """Write that line, in the worker. Nobody has read the pipe for thousands of jobs where it is full."""
+    try:
+        os.write(fd, f"{begun_mark(job, attempt)}\n".encode())
+    except BlockingIOError:
+        return
 
 
 def begun_mark(job: str, attempt: int) -> str:

@@ -168,6 +168,8 @@ class Attachments:
         Their written pages have been dropped already, so the blocks may be used again. ``quick`` leaves those
         whose pages take long to look through (25 MB: 0.1 to 0.4 ms) for a later call, or for `live_views`.
         """
+        if not self._dead and not self._ended:
+            return []
         self._check_process()
         self._reap(_QUICK_BYTES if quick else None)
         handles: list[BlockHandle] = []

@@ -220,10 +220,14 @@ class ServerChannel:
             except StopIteration:
                 continue
 
-    def receive(self) -> tuple[bytes, bytes] | None:
-        """The next (identity, frame) of a known identity, or None when none waits. Never blocks."""
+    def receive(self, *, waits: bool = False) -> tuple[bytes, bytes] | None:
+        """The next (identity, frame) of a known identity, or None when none waits. Never blocks.
+
+        ``waits``: `wait` has just said that one does.
+        """
         socket = self._socket
-        while int(socket.get(zmq.EVENTS)) & _POLLIN:  # an Again raised costs ten times this
+        while waits or int(socket.get(zmq.EVENTS)) & _POLLIN:  # an Again raised costs ten times this
+            waits = False
             identity = socket.recv(_NOBLOCK)
             frame = socket.recv(_NOBLOCK)  # a ROUTER puts the identity in front of one part at least
             whole = True

@@ -16,6 +16,7 @@ import hashlib
 import struct
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from legion_shm.errors import ProtocolError, UnsupportedValue
 from legion_shm.transport.codec_blocks import Fresh, discard_all, write_groups
@@ -42,7 +43,7 @@ from legion_shm.transport.codec_types import (
     ReservedBlock,
     TransferStats,
 )
-from legion_shm.transport.codec_wire import DEPTH_CEILING, Refusal, pack_tree, unpack_tree
+from legion_shm.transport.codec_wire import DEPTH_CEILING, INT_MAX, INT_MIN, Refusal, pack_tree, unpack_tree
 from legion_shm.transport.handles import BlockHandle
 
 __all__ = [
@@ -75,6 +76,8 @@ VALUE_TYPES.add_source(Plugins(VALUE_TYPES))
 
 _LIMITS = DecodeLimits()
 _DEVICES = DevicePolicy()
+_PLAIN = frozenset((str, int, float, bool, bytes, type(None)))
+_LEAVES = frozenset((bool, float))
 _NO_PAYLOAD = TransferStats()
 _HANDLE = struct.Struct("<QIQQQ")
 
@@ -99,6 +102,10 @@ def encode(
     Raises `UnsupportedValue` with a path that starts with ``path``, before any block is reserved, and
     what ``store.reserve`` raises (`ArenaFull`), after all that was reserved has been discarded.
     """
+    if fresh is None and (
+        value is None or type(value) in _LEAVES or (type(value) is int and INT_MIN <= value <= INT_MAX)
+    ):
+        return EncodedValue(pack_tree([], [value]), (), (), _NO_PAYLOAD)
     planner = Planner(
         inline_max_bytes=store.inline_max_bytes,
         max_depth=min(max_depth, limits.max_depth, DEPTH_CEILING),
@@ -181,6 +188,8 @@ def _decode(
         raise ProtocolError(f"a value over {len(blocks)} blocks: too many, or one of them twice")
     views = [store.view(handle) for handle in blocks]
     tokens = unpack_tree(tree, max_tokens=limits.max_items + limits.max_tensors + 2)
+    if not blocks and earlier is None and _is_plain(tokens):
+        return tokens[1]
     try:
         reader = Reader(tokens, blocks, views, limits=limits, devices=devices, types=types)
         reader.earlier = earlier or ()
@@ -193,6 +202,11 @@ def _decode(
     if earlier is not None:
         earlier.append(reader)
     return value
+
+
+def _is_plain(tokens: list[Any]) -> bool:
+    """Whether they are one number, short text or the like, as which `Reader` would give it."""
+    return len(tokens) == 2 and type(tokens[0]) is int and tokens[0] == 0 and type(tokens[1]) in _PLAIN
 
 
 def _forget_frames(error: BaseException | None) -> None:

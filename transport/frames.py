@@ -10,8 +10,9 @@ and 9 to decode; strict pydantic models of it take 5 and 7.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple, cast, get_type_hints
 
@@ -53,10 +54,10 @@ def _optional(inner: _Check) -> _Check:
     return lambda value: None if value is None else inner(value)
 
 
-def _sequence(value: Any) -> Sequence[object]:
-    if type(value) is not list:
+def _sequence(value: object) -> tuple[object, ...]:
+    if type(value) is not tuple:
         raise ProtocolError(f"expected an array, got {type(value).__name__}")
-    return cast("list[object]", value)
+    return cast("tuple[object, ...]", value)
 
 
 def _many(inner: _Check) -> _Check:
@@ -68,7 +69,7 @@ def _many_exact(kind: type, text: str) -> _Check:
     only = {kind}
 
     def check(value: object) -> object:
-        items = tuple(_sequence(value))
+        items = _sequence(value)
         if items and set(map(type, items)) != only:
             wrong = next(item for item in items if type(item) is not kind)
             raise ProtocolError(f"expected {text}, got {type(wrong).__name__}")
@@ -91,21 +92,21 @@ _INT, _STR, _BYTES = _exact(int, "an integer"), _exact(str, "text"), _exact(byte
 _BOOL = _exact(bool, "a boolean")
 _HANDLES = _many(BlockHandle.from_wire)
 _FLAGS, _INTS = _many_exact(bool, "a boolean"), _many_exact(int, "an integer")
-_THREE_TEXTS = (str, str, str)
+_TUPLES, _THREES, _TEXTS = {tuple}, {3}, {str}
 _VALUE_KINDS = {
-    (str, bytes, list, list, bytes, list),
-    (str, bytes, list, list, type(None), list),
+    (str, bytes, tuple, tuple, bytes, tuple),
+    (str, bytes, tuple, tuple, type(None), tuple),
 }
 
 
 def _node_rows(value: object) -> object:
     """Triples of text; on every reply, so without a call per item."""
-    rows: list[tuple[object, ...]] = []
-    for row in cast("list[list[object]]", _sequence(value)):
-        if type(row) is not list or tuple(map(type, row)) != _THREE_TEXTS:
-            raise ProtocolError("expected an array of 3 texts")
-        rows.append(tuple(row))
-    return tuple(rows)
+    rows = cast("tuple[tuple[object, ...], ...]", _sequence(value))
+    if rows and (set(map(type, rows)) != _TUPLES or set(map(len, rows)) != _THREES):
+        raise ProtocolError("expected arrays of 3 texts")
+    if rows and set(map(type, chain.from_iterable(rows))) != _TEXTS:
+        raise ProtocolError("expected 3 texts")
+    return rows
 
 
 def _value(value: object) -> object:
@@ -154,13 +155,13 @@ _EXACT: dict[Any, type] = {
     str: str,
     bytes: bytes,
     bool: bool,
-    Handles: list,
-    Flags: list,
-    Names: list,
-    tuple[int, ...]: list,
-    Pairs: list,
-    NodeRows: list,
-    Values: list,
+    Handles: tuple,
+    Flags: tuple,
+    Names: tuple,
+    tuple[int, ...]: tuple,
+    Pairs: tuple,
+    NodeRows: tuple,
+    Values: tuple,
 }
 """What a field's value is in a frame, for those that are of one type. Only arrays are looked into."""
 
@@ -193,7 +194,7 @@ def _form(kind: type[Message]) -> MessageForm:
         values=_getter(names),
         packers=tuple((place, _PACKERS[each]) for place, each in places if each in _PACKERS),
         kinds=None if None in exact else (int, int, *cast("list[type]", exact)),
-        deep=tuple((place, _CHECKS[each]) for place, each in places if _EXACT.get(each) is list),
+        deep=tuple((place, _CHECKS[each]) for place, each in places if _EXACT.get(each) is tuple),
     )
 
 
@@ -242,7 +243,7 @@ def decode_message(frame: bytes, *, max_bytes: int) -> Message:
             frame,
             raw=False,
             strict_map_key=True,
-            use_list=True,
+            use_list=False,
             unicode_errors="surrogatepass",
             max_array_len=min(MAX_ITEMS, len(frame)),  # room is made before items are seen
             max_map_len=0,

@@ -139,6 +139,9 @@ def _numbers(stats: TransferStats) -> tuple[int, ...]:
     )
 
 
+_CPU_ALLOWED, _NO_OTHER_DEVICE = DevicePolicy(allow_cpu=True), DevicePolicy()
+
+
 class _Viewed:
     """A store that notes which deliveries the decoder took."""
 
@@ -171,7 +174,7 @@ def unpack(
     Raises ProtocolError for anything malformed, UnsupportedValue for a device that is not here, ArenaFull
     where this process can map no more memory.
     """
-    devices = DevicePolicy(allow_cpu=allow_cpu)
+    devices = _CPU_ALLOWED if allow_cpu else _NO_OTHER_DEVICE
     result: dict[str, object] = {}
     pending = [handle for note in values for handle in note.blocks]
     earlier: list[Reader] | None = [] if len(values) > 1 else None

@@ -136,6 +136,9 @@ class FakeSpawned:
     begun: int = -1
     signals: list[int] = field(default_factory=list[int])
 
+    def has_output(self) -> bool:
+        return True
+
     def read(self, fd: int, nbytes: int) -> bytes:
         return os.read(fd, nbytes)
 
