@@ -49,7 +49,7 @@ from legion_shm.transport.messages import (
     Values,
 )
 from legion_shm.transport.segment import Segment, attach_segment
-from legion_shm.transport.values import REPORT, PackedValues, discard, pack, unpack
+from legion_shm.transport.values import REPORT, Identities, PackedValues, discard, pack, unpack
 
 __all__ = ["WorkerMemory"]
 
@@ -184,9 +184,7 @@ class WorkerMemory:
 
     # --- values -------------------------------------------------------------------------------------
 
-    def decode_inputs(
-        self, values: Values, *, allow_cpu: bool
-    ) -> tuple[dict[str, object], dict[str, bytes | None]]:
+    def decode_inputs(self, values: Values, *, allow_cpu: bool) -> tuple[dict[str, object], Identities]:
         """Inputs by name, as views, and what a cache may know each by."""
         inputs = unpack(
             values,
@@ -195,7 +193,7 @@ class WorkerMemory:
             allow_cpu=allow_cpu,
             types=self.remotes.receiving,
         )
-        return inputs, {note.name: note.identity for note in values}
+        return inputs, Identities(values)
 
     def encode_outputs(
         self,

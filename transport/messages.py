@@ -70,8 +70,9 @@ Pairs = tuple[tuple[str, str], ...]
 class ValueNote(NamedTuple):
     """One named value: the codec's tree of it, the blocks that this refers to, and which of them are new.
 
-    ``owned``: new, and of the sender's own arena. ``identity`` is for caches, ``stats`` are its
-    `TransferStats` as numbers.
+    ``owned``: new, and of the sender's own arena. ``identity`` is for caches: None for what can never be
+    given again, empty where tree and blocks say it all (`identity_of`). ``stats`` are its `TransferStats` as
+    numbers.
     """
 
     name: str

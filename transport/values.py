@@ -8,7 +8,7 @@ decoder did not look at. It registers no lease and sends nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,21 @@ from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.messages import ValueNote, Values
 from legion_shm.transport.residence import Placing, residing
 
-__all__ = ["EXTRA_DATA", "FOLDERS", "REPORT", "PackedValues", "discard", "pack", "unpack"]
+__all__ = [
+    "BY_CONTENT",
+    "EXTRA_DATA",
+    "FOLDERS",
+    "REPORT",
+    "Identities",
+    "PackedValues",
+    "discard",
+    "identity_of",
+    "pack",
+    "unpack",
+]
+
+BY_CONTENT = b""
+"""For a note's identity: its tree and its blocks are all that there is to it."""
 
 REPORT = "\0ui"
 """The name under which a result carries what its output nodes reported; no channel is called so."""
@@ -86,11 +100,12 @@ def pack(
                 )
                 keep.append(encoded)
                 stats[name] = figures = _with_placed(encoded.stats, placing)
-                identity = None
-                if fresh is None or fresh.handles.isdisjoint(encoded.blocks):
+                identity: bytes | None = BY_CONTENT
+                if True in encoded.owned or not (fresh is None or fresh.handles.isdisjoint(encoded.blocks)):
+                    identity = None
+                elif encoded.uses:
                     identity = value_identity(encoded.tree, encoded.blocks, encoded.owned)
-                    if identity is not None and encoded.uses:
-                        identity = _with_uses(identity, [notes[number].identity for number in encoded.uses])
+                    identity = _with_uses(identity, [identity_of(notes[number]) for number in encoded.uses])
                 numbers = _numbers(figures)
                 note = ValueNote(name, encoded.tree, encoded.blocks, encoded.owned, identity, numbers)
                 notes.append(note)
@@ -109,9 +124,35 @@ def discard(values: Values, store: BlockStore) -> None:
                 store.discard(handle)
 
 
-def _with_uses(identity: bytes, used: Sequence[bytes | None]) -> bytes | None:
+def identity_of(note: ValueNote) -> bytes | None:
+    """What a cache may know a value by, worked out here where its sender left that to who asks."""
+    if note.identity != BY_CONTENT:
+        return note.identity
+    return value_identity(note.tree, note.blocks, note.owned)
+
+
+class Identities(Mapping[str, bytes | None]):
+    """`identity_of` by name: for most jobs nobody asks, and it takes as long as a copy."""
+
+    def __init__(self, values: Values) -> None:
+        self._notes = {note.name: note for note in values}
+        self._known: dict[str, bytes | None] = {}
+
+    def __getitem__(self, name: str) -> bytes | None:
+        if name not in self._known:
+            self._known[name] = identity_of(self._notes[name])
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._notes)
+
+    def __len__(self) -> int:
+        return len(self._notes)
+
+
+def _with_uses(identity: bytes | None, used: Sequence[bytes | None]) -> bytes | None:
     """The identity of a value that holds objects of others: theirs count too."""
-    if None in used:
+    if identity is None or None in used:
         return None
     return hashlib.blake2b(b"".join((identity, *filter(None, used))), digest_size=len(identity)).digest()
 

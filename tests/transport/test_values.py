@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from legion_shm.errors import ProtocolError, UnsupportedValue
-from legion_shm.transport.codec import VALUE_TYPES, ValueType, ValueTypes
-from legion_shm.transport.values import pack, unpack
+from legion_shm.transport.codec import VALUE_TYPES, ValueType, ValueTypes, value_identity
+from legion_shm.transport.values import Identities, identity_of, pack, unpack
 from tests.transport.fake_store import FakeStore
 
 
@@ -32,6 +32,29 @@ def test_what_was_copied_for_this_message_has_no_identity_on_either_channel() ->
     image = torch.rand(500)
     packed = pack({"a": image, "b": image, "c": 5}, FakeStore())
     assert [note.identity is None for note in packed.values] == [True, True, False]
+
+
+def test_what_caches_know_a_value_by_is_worked_out_when_somebody_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = pack({"a": torch.arange(3), "b": "text", "c": torch.rand(500)}, FakeStore()).values
+    assert [note.identity for note in values] == [b"", b"", None]
+    asked: list[bytes] = []
+
+    def counted(tree: bytes, blocks: Any, owned: Any) -> bytes | None:
+        asked.append(tree)
+        return value_identity(tree, blocks, owned)
+
+    monkeypatch.setattr("legion_shm.transport.values.value_identity", counted)
+    identities = Identities(values)
+    assert list(identities) == ["a", "b", "c"]
+    assert asked == []
+    (again,) = pack({"other": torch.arange(3)}, FakeStore()).values
+    assert identities["a"] == identities["a"] == identity_of(again)
+    assert identities["a"] != identities["b"]
+    assert identities["c"] is None
+    assert asked == [values[0].tree, again.tree, values[1].tree], "once for each value"
+    assert identities.get("d") is None
 
 
 def test_a_value_that_can_not_travel_leaves_no_block_of_the_others() -> None:
@@ -113,7 +136,7 @@ def test_an_object_of_a_registered_class_on_two_channels_is_one_object_there() -
 
 def test_an_identity_counts_the_values_whose_objects_it_holds() -> None:
     def identities(first: list[Any], then: Any) -> list[bytes | None]:
-        return [note.identity for note in pack({"a": first, "b": then(first)}, FakeStore()).values]
+        return [identity_of(note) for note in pack({"a": first, "b": then(first)}, FakeStore()).values]
 
     one, same, other = (identities(first, lambda it: [it]) for first in ([1], [1], [2]))
     assert one == same
