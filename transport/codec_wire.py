@@ -117,7 +117,7 @@ def is_list(value: object) -> bool:
 
 def is_list_of(kind: type, value: object) -> bool:
     """Whether that is a list of exactly such items."""
-    return type(value) is list and all(type(item) is kind for item in cast("list[object]", value))
+    return type(value) is list and {kind}.issuperset(map(type, cast("list[object]", value)))
 
 
 def are_sizes(shape: object) -> bool:
@@ -125,7 +125,7 @@ def are_sizes(shape: object) -> bool:
     if not is_list_of(int, shape):
         return False
     sizes = cast("list[int]", shape)
-    return len(sizes) <= MAX_DIMS and all(0 <= size <= SIZE_MAX for size in sizes)
+    return len(sizes) <= MAX_DIMS and (not sizes or (min(sizes) >= 0 and max(sizes) <= SIZE_MAX))
 
 
 def pack_token(token: object) -> bytes:
