@@ -169,6 +169,68 @@ def test_is_changed_sees_constants_and_none_for_links() -> None:
     assert seen == [{"a": None, "b": 3, "me": "1"}] * 2
 
 
+def test_nobody_asks_a_node_for_changes_whose_outputs_go_into_nothing_that_is_kept() -> None:
+    asked: list[str] = []
+
+    def is_changed(**_: object) -> str:
+        asked.append("never kept")
+        return "same"
+
+    passing = Counted(IS_CHANGED=staticmethod(is_changed), KEEP_OUTPUTS=False)
+    prompt = {"1": node("Counted", a=5)}
+    assert run_counts(passing, prompt, prompt) == [1, 1]
+    assert asked == []
+
+
+def test_a_slot_that_says_what_it_is_speaks_for_its_node() -> None:
+    asked: list[str] = []
+
+    def is_changed(**_: object) -> str:
+        asked.append("never kept")
+        return "same"
+
+    def signatures(**_: object) -> list[bytes | None]:
+        return [b"the same", None]
+
+    source = node_class(
+        lambda: ("value", "other"),
+        IS_CHANGED=staticmethod(is_changed),
+        OUTPUT_SIGNATURES=staticmethod(signatures),
+        KEEP_OUTPUTS=False,
+        returns=("*", "*"),
+    )
+    keeping = Counted()
+    with engine_with({"Source": source, "Keeping": keeping.node_class}) as harness:
+        for slot, runs, times_asked in ((0, 1, 0), (1, 2, 2)):
+            prompt = {"0": node("Source"), "1": node("Keeping", a=["0", slot])}
+            prompt["out"] = node(EXPORT, input_1=["1", 0])
+            harness.run(prompt)
+            harness.run(prompt)
+            assert (keeping.runs, len(asked)) == (runs, times_asked)
+
+
+@pytest.mark.parametrize("between", [1, 2, 3])
+def test_a_kept_node_counts_by_what_the_never_kept_nodes_before_it_are_made_of(between: int) -> None:
+    now = ["first"]
+    source = node_class(
+        lambda: (now[0],), IS_CHANGED=staticmethod(lambda **_: now[0]), KEEP_OUTPUTS=False, returns=("*",)
+    )
+    passing, keeping = Counted(KEEP_OUTPUTS=False), Counted()
+    prompt: dict[str, Any] = {"0": node("Source")}
+    for number in range(between):
+        prompt[str(number + 1)] = node("Passing", a=[str(number), 0])
+    prompt["kept"] = node("Keeping", a=[str(between), 0])
+    prompt["out"] = node(EXPORT, input_1=["kept", 0])
+    classes = {"Source": source, "Passing": passing.node_class, "Keeping": keeping.node_class}
+    with engine_with(classes) as harness:
+        assert harness.run(prompt).outputs == {"output_1": "first"}
+        assert harness.run(prompt).outputs == {"output_1": "first"}
+        assert keeping.runs == 1
+        now[0] = "second"
+        assert harness.run(prompt).outputs == {"output_1": "second"}
+        assert keeping.runs == 2
+
+
 def importer_prompt() -> dict[str, Any]:
     return {
         "in": node("LegionImporter"),

@@ -333,6 +333,31 @@ def test_the_state_follows_the_loop(rig: Rig) -> None:
     assert repr(rig.job) == "<Job j-1 done>"
 
 
+def test_a_job_that_begins_runs_and_tells_so_in_one_step_and_never_after_its_end(rig: Rig) -> None:
+    def started(worker: str, job: str, seq: int, at: float) -> JobStarted:
+        return JobStarted(job, seq, at, worker, "graph", 1)
+
+    rig.feed.begin(started, ("w1",), 2.0)
+    assert rig.job.state == "running"
+    rig.feed.emit_rows(lambda step, j, seq, at: ProgressEvent(j, seq, at, None, step, 2), [(1,), (2,)], 3.0)
+    rig.finish()
+    rig.feed.begin(started, ("w2",), 10.0)
+    rig.feed.emit_rows(lambda step, j, seq, at: ProgressEvent(j, seq, at, None, step, 2), [(3,)], 10.0)
+    assert rig.job.state == "done"
+    assert [(event.kind, event.seq, event.time_s) for event in rig.job.events()] == [
+        ("started", 0, 2.0),
+        ("progress", 1, 3.0),
+        ("progress", 2, 3.0),
+        ("done", 3, 9.0),
+    ]
+
+
+def test_the_first_event_may_be_there_from_the_start() -> None:
+    feed = JobFeed("j-1", history=5, on_end=lambda: None, first=(JobQueued, (), 0.5))
+    (event,), position = feed.events_from(0)
+    assert (event.kind, event.seq, event.time_s, position) == ("queued", 0, 0.5, 1)
+
+
 def test_a_job_is_resolved_once(rig: Rig) -> None:
     rig.finish()
     with pytest.raises(AssertionError, match="twice"):
