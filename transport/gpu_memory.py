@@ -10,14 +10,13 @@ is done instead where there is no such memory: `block` gives None, and `view` ra
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -42,14 +41,19 @@ ALL_DEVICES = frozenset({""})
 _avoided: ContextVar[frozenset[str]] = ContextVar("legion_avoided_devices", default=frozenset())
 
 
-@contextlib.contextmanager
-def without_gpu(devices: frozenset[str]) -> Generator[None, None, None]:
+class without_gpu:  # noqa: N801 - used as a function, as is `residing`
     """Let what is encoded inside put nothing into shared memory of these devices, by UUID."""
-    token = _avoided.set(devices)
-    try:
-        yield
-    finally:
-        _avoided.reset(token)
+
+    __slots__ = ("_devices", "_token")
+
+    def __init__(self, devices: frozenset[str]) -> None:
+        self._devices = devices
+
+    def __enter__(self) -> None:
+        self._token = _avoided.set(self._devices)
+
+    def __exit__(self, *exception: object) -> None:
+        _avoided.reset(self._token)
 
 
 def devices_in_use() -> Devices | None:

@@ -222,7 +222,7 @@ def unpack(
     try:
         with residing(store):
             for name, tree, blocks, *_ in values:
-                viewed = _Viewed(store)
+                viewed = _Viewed(store) if blocks else store
                 try:
                     result[name] = decode(
                         tree, blocks, viewed, devices=devices, path=name, types=types, earlier=earlier
@@ -236,7 +236,7 @@ def unpack(
                         "ulimit -n)"
                     ) from error
                 finally:
-                    for handle in viewed.taken:
+                    for handle in viewed.taken if isinstance(viewed, _Viewed) else ():
                         pending.remove(handle)
     finally:
         for handle in pending:
