@@ -123,6 +123,7 @@ class Loop:
         )
         self._freeings: weakref.WeakSet[Freeing] = weakref.WeakSet()
         self._closing = self._put_off = False
+        self._tick_s: float | None = None  # when the machine wanted its next tick, a turn ago at most
         self._ended = threading.Event()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="legion-loop", daemon=True)
@@ -225,8 +226,7 @@ class Loop:
 
     def _turn(self) -> None:
         now = monotonic_s()
-        tick_s = None if self._put_off else self._machine.next_deadline_s()
-        due_s = now + _PUT_OFF_S if self._put_off else self._due_s(now, tick_s)
+        due_s = now + _PUT_OFF_S if self._put_off else self._due_s(now)
         resolved = self._orders.resolved
         frames, fds = self._channel.wait(max(0.0, due_s - now))
         if monotonic_s() - max(now, due_s) > self._settings.heartbeat_interval_s:
@@ -242,21 +242,22 @@ class Loop:
             self._descriptor_ready(fd)
         self._put_off = not self._put_off and self._orders.resolved != resolved
         if not self._put_off:
-            self._look_around(tick_s)
+            self._look_around()
 
-    def _look_around(self, tick_s: float | None) -> None:
+    def _look_around(self) -> None:
         """What is due, but nobody waits for. Put off by a turn where a caller is to have the interpreter."""
         self._reap()
-        if tick_s is not None and monotonic_s() >= tick_s:
+        if self._tick_s is not None and monotonic_s() >= self._tick_s:
             self._inbox.drain()
             self._handle(Tick(), monotonic_s())
         now = monotonic_s()
         self._lending.pass_descriptors(now)
         self._lending.return_leases(now)
 
-    def _due_s(self, now: float, tick_s: float | None) -> float:
+    def _due_s(self, now: float) -> float:
+        self._tick_s = self._machine.next_deadline_s()
         due_s = now + _MAX_WAIT_S
-        for time_s in (tick_s, self._processes.next_due_s(), self._lending.next_due_s(now)):
+        for time_s in (self._tick_s, self._processes.next_due_s(), self._lending.next_due_s(now)):
             if time_s is not None and time_s < due_s:
                 due_s = time_s
         return due_s
