@@ -228,7 +228,10 @@ class ServerChannel:
         socket = self._socket
         while waits or int(socket.get(zmq.EVENTS)) & _POLLIN:  # an Again raised costs ten times this
             waits = False
-            identity = socket.recv(_NOBLOCK)
+            try:
+                identity = socket.recv(_NOBLOCK)
+            except zmq.Again:
+                continue
             frame = socket.recv(_NOBLOCK)  # a ROUTER puts the identity in front of one part at least
             whole = True
             while socket.get(zmq.RCVMORE):
