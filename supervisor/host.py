@@ -228,9 +228,11 @@ class _Host:
     def serve(self) -> None:
         while not self._stopping:
             if self._waiting:
+                started_s = monotonic_s()
                 self._run(self._waiting.popleft())
+                ended_s = monotonic_s()
                 self._memory.make_room()
-                self._heap.used(monotonic_s())
+                self._heap.used(ended_s, ended_s - started_s)
                 continue
             if self._frees_wanted:
                 asked, self._frees_wanted = self._frees_wanted, 0

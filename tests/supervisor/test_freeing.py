@@ -140,6 +140,16 @@ def test_a_heap_stays_while_jobs_follow_each_other(trims: list[str]) -> None:
     assert not trims
 
 
+def test_a_heap_is_given_back_right_after_a_job_that_took_long(trims: list[str]) -> None:
+    heap = IdleHeap(10.0)
+    heap.used(100.0, IdleHeap.LONG_JOB_S)
+    assert heap.due_in_s(100.0) == 0.0
+    assert heap.give_back(100.0)
+    assert trims == ["buffers", "heap"]
+    heap.used(101.0, IdleHeap.LONG_JOB_S / 2)
+    assert heap.due_in_s(101.0) == 10.0
+
+
 @needs.linux
 def test_what_is_free_in_a_heap_goes_back_to_the_system() -> None:
     process = psutil.Process()

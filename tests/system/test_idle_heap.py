@@ -33,3 +33,10 @@ def test_a_worker_without_jobs_gives_back_what_is_free_in_its_heap(
         else:
             legion.submit(FLOW, inputs=[2], spec=SPEC).result(timeout=60)
             assert process.memory_info().rss > after_job - 30_000_000
+
+
+def test_after_a_long_job_it_is_given_back_at_once() -> None:
+    with Supervisor(idle_trim_s=3600.0) as legion:
+        told = legion.submit(FLOW, inputs=["long"], spec=SPEC).result(timeout=60)
+        process, after_job = psutil.Process(int(str(told["output_1"]))), int(str(told["output_2"]))
+        wait_for(lambda: process.memory_info().rss < after_job - 60_000_000, "the heap is as large")
