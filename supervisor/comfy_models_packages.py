@@ -50,6 +50,7 @@ class _Package:
     seen: Seen
     residence: weakref.ref[Any] | None
     patcher: weakref.ref[Any] | None = None
+    received: bool = False
     kept: list[Any] = field(default_factory=list[Any])  # of a received one: the object, its first patcher
 
 
@@ -236,6 +237,7 @@ class Table:
             needs=tuple(needs),
             seen=seen,
             residence=None if residence is None else weakref.ref(residence),
+            received=True,
         )
         self._note(target, package, self._by_object)
         if patcher is not None:
@@ -297,6 +299,31 @@ class Table:
             package.patcher = weakref.ref(patcher)
             if made and package.kept:
                 package.kept.append(patcher)
+
+    def received(self, model: Any) -> bool:
+        package = self._by_object.get(id(model))
+        return package is not None and package.received
+
+    def again(self, model: Any) -> Any:
+        """See `Models.again`. What is written into the weights of one is written into the other's."""
+        with self.lock:
+            package = self._by_object.get(id(model))
+            if package is None or package.target() is not model:
+                raise LookupError("it has changed since it arrived")
+            payload, table = unpack_plan(package.plan.numpy().tobytes())
+
+            def needed(key: str) -> Any:
+                other = self._by_key.get(key)
+                found = None if other is None else other.target()
+                if found is None:
+                    raise LookupError("a part of it is gone")
+                return found
+
+            residence = None if package.residence is None else package.residence()
+            tensors = views(table, package.blobs, self.weights(residence))
+            target = PlanReader(self.names, tensors, package=needed, special=self.rebuild).read(payload)
+            self._loaded.pop(id(target), None)
+            return target
 
     def rebuild(self, name: str, state: Any) -> object:
         if name == "patcher":

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from legion_shm.errors import UnsupportedValue
 from legion_shm.supervisor import comfy_models_special as special
 from legion_shm.supervisor.comfy_models_kinds import Fields, kind_of
 from legion_shm.supervisor.comfy_models_parcels import Sent
@@ -43,9 +44,58 @@ class Models(Protocol):
         """The first one, unless one is known. One that was ``made`` by us is, and the table keeps it."""
         ...
 
+    def received(self, model: Any) -> bool:
+        """Whether a package's model came from another process, and not from this one in the first place."""
+        ...
+
+    def again(self, model: Any) -> Any:
+        """A received model built once more, on the same weights. Raises LookupError where that can't be."""
+        ...
+
+
+_RELOAD = "cached_patcher_init"
+"""Where a patcher of newer versions has the call that loads its model once more: function, arguments."""
+
+
+class Reload:
+    """Builds a received model once more, in place of the call that loaded it where it came from.
+
+    ComfyUI asks for that where a model is needed beside itself: under a patcher without dynamic VRAM (hooks,
+    torch.compile), and for further GPUs. ``sent`` is the call that the sender had, for whom it goes on to.
+    """
+
+    def __init__(self, models: Models, model: Any, load: str, offload: str, size: int, sent: object) -> None:
+        self._models, self._model, self._roles, self._size = models, model, (load, offload), size
+        self.sent = sent
+
+    def __call__(self, *, disable_dynamic: bool = False) -> Any:
+        """A patcher of a module of its own. Raises UnsupportedValue where the model can't be built again."""
+        try:
+            twin = self._models.again(self._model)
+        except LookupError as error:
+            raise UnsupportedValue(
+                "ComfyUI wants this model a second time, for what its dynamic VRAM or one GPU can't do, and "
+                f"{error}; load it by a node of this workflow, or start this ComfyUI with "
+                "--disable-dynamic-vram",
+                path="",
+            ) from error
+        return _new_patcher(twin, *self._roles, self._size, dynamic=not disable_dynamic)
+
+
+def _reload(models: Models, known: Any, state: tuple[Any, str, str, int], sent: object) -> object:
+    """The call for a patcher that arrives: of the loader that loaded the model here, else of our own."""
+    here = getattr(known, _RELOAD, None)
+    if here is not None and not isinstance(here[0], Reload):
+        return here
+    return (Reload(models, *state, sent), ()) if models.received(state[0]) else sent
+
 
 def reduce_patcher(models: Models, patcher: Any) -> object:
     """A ModelPatcher: its class if not ComfyUI's own, its model, its devices, all that it carries."""
+    attributes = special.patcher_attributes(patcher)
+    reload: Any = attributes.get(_RELOAD)
+    if reload is not None and isinstance(reload[0], Reload):
+        attributes[_RELOAD] = reload[0].sent
     kind = kind_of(patcher)
     text = bool(getattr(patcher, "is_clip", False))
     models.note_patcher(patcher.model, patcher)
@@ -56,7 +106,7 @@ def reduce_patcher(models: Models, patcher: Any) -> object:
             "load_device": special.role_of(patcher.load_device, "text" if text else "load"),
             "offload_device": special.role_of(patcher.offload_device, "text_offload" if text else "offload"),
             "size": patcher.model_size(),
-            **special.patcher_attributes(patcher),
+            **attributes,
         }
     )
 
@@ -67,8 +117,11 @@ def rebuild_patcher(models: Models, state: Any) -> object:
     kind, model, load, offload, size = (
         attributes.pop(name) for name in ("__class__", "model", "load_device", "offload_device", "size")
     )
-    base = _base_patcher(models, model, load, offload, size)
-    patcher = base.clone()
+    known = models.patcher_of(model)
+    if known is None or known.model is not model:
+        known = _new_patcher(model, load, offload, size)
+        models.note_patcher(model, known, made=True)
+    patcher = _bare(known).clone()
     patcher.load_device = special.device_by_role(load)
     patcher.offload_device = special.device_by_role(offload)
     if kind is not None:
@@ -76,27 +129,30 @@ def rebuild_patcher(models: Models, state: Any) -> object:
             raise ValueError(f"{kind.__name__} is no ModelPatcher")
         patcher.__class__ = kind
     own: dict[str, Any] = vars(patcher)
+    if _RELOAD in own:
+        attributes[_RELOAD] = _reload(models, known, (model, load, offload, size), attributes.get(_RELOAD))
     own.update(attributes)
     return patcher
 
 
-def _base_patcher(models: Models, model: Any, load: str, offload: str, size: int) -> Any:
-    """The patcher that all of one model descend from: they share what is patched into it just now."""
-    known = models.patcher_of(model)
-    if known is not None and known.model is model:
-        return _bare(known)
+def _new_patcher(model: Any, load: str, offload: str, size: int, *, dynamic: bool = True) -> Any:
+    """The first patcher of a model that has just been built; all others are its clones, and share what is
+    patched into the model just now."""
     management: Any = sys.modules["comfy.model_patcher"]
-    make = getattr(management, "CoreModelPatcher", management.ModelPatcher)
+    make = (
+        getattr(management, "CoreModelPatcher", management.ModelPatcher)
+        if dynamic
+        else management.ModelPatcher
+    )
     special.blank_module(model)
-    base = make(
+    made = make(
         model,
         load_device=special.device_by_role(load),
         offload_device=special.device_by_role(offload),
         size=size,
     )
-    model.device = base.offload_device
-    models.note_patcher(model, base, made=True)
-    return base
+    model.device = made.offload_device
+    return made
 
 
 def _bare(patcher: Any) -> Any:

@@ -394,6 +394,49 @@ def scenario_hooks(world: World) -> Any:
     }
 
 
+def scenario_dynamic_vram(world: World) -> Any:
+    """A worker whose models have the patchers of dynamic VRAM. {} where ComfyUI has none.
+
+    No loader made the first model, so ComfyUI couldn't make a plain patcher of it again.
+    """
+    if not hasattr(importlib.import_module("comfy.model_patcher"), "ModelPatcherDynamic"):
+        return {}
+    from safetensors.torch import save_file
+
+    torch, hooks_module = world.torch, importlib.import_module("comfy.hooks")
+    spec = world.spec.model_copy(update={"env": {"LEGION_TEST_DYNAMIC_VRAM": "1"}})
+    recipe = spec.model_copy(update={"models": "recipe"})
+    folder = world.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(world.models.unet_weights(seed=41), folder / "dynamic.safetensors")
+    loaded = run_node("UNETLoader", unet_name="dynamic.safetensors", weight_dtype="default")
+    hooks = hooks_module.create_hook_lora(world.models.lora_of(world.model, seed=20), 1.0, 1.0)
+    cond = hooks_module.set_hooks_for_conditioning(world.cond, hooks)
+    found: dict[str, Any] = {"patchers": {}, "hooks": {}, "plain": {}, "back": {}}
+    ways = {
+        "by reference": (world.model, spec),
+        "by reference, loaded": (loaded, spec),
+        "by recipe": (loaded, recipe),
+    }
+    for name, (model, way) in ways.items():
+        there = world.apply("ModelsPatchers", model, spec=way)
+        found["patchers"][name] = [*there[:3], there[3] == look(world, model)[2]]
+        here = world.sampled(model, cond=cond)
+        hooked = [world.sampled_there(model, cond=cond, seed=seed, spec=way) for seed in (5, 6, 5)]
+        found["hooks"][name] = [world.same(here, hooked[0]), world.same(here, hooked[2])]
+        found["plain"][name] = not torch.equal(here, world.sampled(model))
+        back = world.apply("ModelsBack", model, spec=way)
+        found["back"][name] = [
+            back.cached_patcher_init == model.cached_patcher_init,
+            world.apply("ModelsPatchers", back, spec=way)[:3] == there[:3],
+        ]
+    found["unhooked"] = world.apply("ModelsLook", world.model, spec=spec)[2] == look(world, world.model)[2]
+    clip = world.models.clip()
+    found["clip"] = world.apply("ModelsPatchers", clip, spec=spec)[:3]
+    found["gone"] = world.apply("ModelsForget", world.models.sd15(seed=42), spec=spec)
+    return found
+
+
 def scenario_second_transfer(world: World) -> Any:
     """What the second transfer of one model costs."""
     model = world.models.sd15(seed=30)

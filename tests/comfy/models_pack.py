@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from typing import Any
 
@@ -36,6 +37,39 @@ def torch_module(value: Any) -> Any:
     raise TypeError(f"no torch module in a {type(value).__name__}")
 
 
+def patcher_of(value: Any) -> Any:
+    """The patcher of a MODEL, CLIP or VAE."""
+    return getattr(value, "patcher", value)
+
+
+class _HostBuffer:
+    """In place of memory that only comfy_aimdo's library can get."""
+
+    def __init__(self, *_sizes: int) -> None: ...
+
+
+def emulate_dynamic_vram() -> None:
+    """Give each model the patcher that it has with dynamic VRAM on a GPU, as ComfyUI's main does it.
+
+    What needs the library or a GPU is left out: nothing can be loaded under such a patcher here, and what
+    asks for a plain one in its place is ComfyUI's own.
+    """
+    buffers: Any = importlib.import_module("comfy_aimdo.host_buffer")
+    model_patcher: Any = importlib.import_module("comfy.model_patcher")
+
+    def new(cls: Any, *_given: Any, **_named: Any) -> Any:
+        return object.__new__(cls)
+
+    kind: Any = model_patcher.ModelPatcherDynamic
+    buffers.HostBuffer = _HostBuffer
+    kind.__new__ = new  # which gives a plain one for the CPU
+    model_patcher.CoreModelPatcher = kind
+
+
+if os.environ.get("LEGION_TEST_DYNAMIC_VRAM"):
+    emulate_dynamic_vram()
+
+
 class _Probe:
     RETURN_TYPES: tuple[str, ...] = ("*",)
     FUNCTION = "run"
@@ -53,6 +87,30 @@ class ModelsLook(_Probe):
         module = torch_module(value)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         return ([kind, type(module).__name__, digest(module.state_dict().values()), os.getpid()],)
+
+
+class ModelsPatchers(_Probe):
+    """The classes of a value's patcher, and of one that is asked for without dynamic VRAM."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        patcher = patcher_of(value)
+        plain = patcher.clone(disable_dynamic=True)
+        kinds = [type(patcher).__name__, type(plain).__name__]
+        return ([*kinds, plain.model is not patcher.model, digest(plain.model.state_dict().values())],)
+
+
+class ModelsForget(_Probe):
+    """Says that a model was changed; then asks for it without dynamic VRAM, and gives the error's text."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        from legion_shm.supervisor.comfy_models import models_changed
+
+        models_changed(value)
+        try:
+            patcher_of(value).clone(disable_dynamic=True)
+        except Exception as error:
+            return (f"{type(error).__name__}: {error}",)
+        return ("",)
 
 
 class ModelsBack(_Probe):
@@ -107,5 +165,14 @@ def half(args: Any) -> Any:
     return args["denoised"] * 0.5
 
 
-_CLASSES = (ModelsBack, ModelsLook, ModelsPatch, ModelsSame, ModelsStyle, ModelsWrite)
+_CLASSES = (
+    ModelsBack,
+    ModelsForget,
+    ModelsLook,
+    ModelsPatch,
+    ModelsPatchers,
+    ModelsSame,
+    ModelsStyle,
+    ModelsWrite,
+)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in _CLASSES}

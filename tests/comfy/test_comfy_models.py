@@ -107,6 +107,30 @@ def test_hooks_of_a_conditioning_go_with_it(told: dict[str, Any]) -> None:
     assert told["hooks"] == {"equal": True, "differs": True}
 
 
+def test_a_worker_with_dynamic_vram_makes_plain_patchers_of_models_that_it_did_not_load(
+    told: dict[str, Any],
+) -> None:
+    found = told["dynamic_vram"]
+    if not found:
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    for seen in found["patchers"].values():
+        assert seen == ["ModelPatcherDynamic", "ModelPatcher", True, True]
+    assert found["clip"] == ["ModelPatcherDynamic", "ModelPatcher", True]
+    assert all(all(equal) for equal in found["hooks"].values()), found["hooks"]
+    assert all(found["plain"].values()), "the hooks change nothing"
+    assert found["unhooked"], "what hooks wrote stayed in the weights"
+    assert all(all(right) for right in found["back"].values()), found["back"]
+
+
+def test_a_model_that_can_not_be_built_again_for_dynamic_vram_is_refused_with_what_to_do(
+    told: dict[str, Any],
+) -> None:
+    if not told["dynamic_vram"]:
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    assert told["dynamic_vram"]["gone"].startswith("UnsupportedValue: ComfyUI wants this model a second time")
+    assert told["dynamic_vram"]["gone"].endswith("start this ComfyUI with --disable-dynamic-vram")
+
+
 def test_the_second_transfer_sends_handles_only(told: dict[str, Any]) -> None:
     found = told["second_transfer"]
     assert found["weights"] <= found["first"] < 1.01 * found["weights"]
