@@ -35,6 +35,8 @@ __all__ = [
 _log = logging.getLogger("legion_shm.supervisor")
 
 _WATCHED = "__legion_watched__"
+_OWNERS = frozenset({"self", "cls"})
+"""Arguments that say whose method a loader is."""
 
 Part = tuple[Any, Any]
 """A torch module, and the patcher that its loader gave it or None."""
@@ -73,25 +75,50 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Loader:
-    """``narrow`` changes the arguments so that no more than one part is loaded."""
+    """``narrow`` changes the arguments so that no more than one part is loaded.
+
+    In place of a module it may name the ``node`` whose class has the loader.
+    """
 
     module: str
     name: str
     files: Callable[[Mapping[str, Any]], Sequence[str]]
     parts: Callable[[Any], Sequence[Part]]
     narrow: Callable[[Mapping[str, Any], int], Mapping[str, Any]] = lambda arguments, _part: arguments
+    node: str = ""
 
     def owner(self) -> Any:
         """The module or class that has the loader; None where it isn't loaded."""
         found: Any = sys.modules.get(self.module)
+        if self.node:
+            return getattr(found, "NODE_CLASS_MAPPINGS", {}).get(self.node)
         for step in self.name.split(".")[:-1]:
             found = getattr(found, step, None)
         return found
 
+    def attribute_of(self, owner: Any) -> Any:
+        return None if owner is None else cast("dict[str, Any]", vars(owner)).get(self.attribute)
+
     def function(self) -> types.FunctionType | None:
-        owner = self.owner()
-        found: Any = None if owner is None else cast("dict[str, Any]", vars(owner)).get(self.attribute)
-        return found if isinstance(found, types.FunctionType) else None
+        found = self.attribute_of(self.owner())
+        function = getattr(found, "__func__", found)
+        return function if isinstance(function, types.FunctionType) else None
+
+    def call(self, arguments: Mapping[str, Any]) -> Any:
+        """What it makes of these arguments, without the one that says whose method it is."""
+        owner, function = self.owner(), self.function()
+        assert function is not None
+        if isinstance(self.attribute_of(owner), classmethod):
+            return function(owner, **arguments)
+        return function(owner(), **arguments) if isinstance(owner, type) else function(**arguments)
+
+    def watch(self, key: str) -> None:
+        """Note what it makes from now on."""
+        function, owner = self.function(), self.owner()
+        if function is not None and not hasattr(function, _WATCHED):
+            watched: Any = _watched(key, self, function)
+            of_class = isinstance(self.attribute_of(owner), classmethod)
+            setattr(owner, self.attribute, classmethod(watched) if of_class else watched)
 
     @property
     def attribute(self) -> str:
@@ -102,11 +129,14 @@ def _path(name: str) -> Callable[[Mapping[str, Any]], Sequence[str]]:
     return lambda arguments: [arguments[name]]
 
 
-def _vae_path(arguments: Mapping[str, Any]) -> Sequence[str]:
-    path = _folder_paths().get_full_path("vae", arguments["vae_name"])
-    if path is None:
-        raise LookupError("it is no file of the folder vae")
-    return [path]
+def _file_of(folder: str, name: str) -> Callable[[Mapping[str, Any]], Sequence[str]]:
+    def files(arguments: Mapping[str, Any]) -> Sequence[str]:
+        path = _folder_paths().get_full_path(folder, arguments[name])
+        if path is None:
+            raise LookupError(f"it is no file of the folder {folder}")
+        return [path]
+
+    return files
 
 
 def _attribute(name: str, patcher: str = "") -> Callable[[Any], Part]:
@@ -119,8 +149,8 @@ def _model(made: Any) -> Part:
 
 _CLIP = _attribute("cond_stage_model", "patcher")
 _VAE = _attribute("first_stage_model", "patcher")
-_VISION = _attribute("model", "patcher")
-_OF_CHECKPOINT = (_model, _CLIP, _VAE, _VISION)
+_WRAPPED = _attribute("model", "patcher")
+_OF_CHECKPOINT = (_model, _CLIP, _VAE, _WRAPPED)
 _OUTPUTS = ("output_model", "output_clip", "output_vae", "output_clipvision")
 
 
@@ -157,8 +187,16 @@ _LOADERS: dict[str, _Loader] = {
             _path("ckpt_path"),
             _one(_attribute("control_model", "control_model_wrapped")),
         ),
-        _Loader("comfy.clip_vision", "load", _path("ckpt_path"), _one(_VISION)),
-        _Loader("nodes", "VAELoader.load_vae", _vae_path, lambda made: [_VAE(made[0])]),
+        _Loader("comfy.clip_vision", "load", _path("ckpt_path"), _one(_WRAPPED)),
+        _Loader("comfy.sd", "load_gligen", _path("ckpt_path"), _one(_model)),
+        _Loader("nodes", "VAELoader.load_vae", _file_of("vae", "vae_name"), lambda made: [_VAE(made[0])]),
+        _Loader(
+            "nodes",
+            "UpscaleModelLoader.execute",
+            _file_of("upscale_models", "model_name"),
+            lambda made: [_WRAPPED(made.args[0])],
+            node="UpscaleModelLoader",
+        ),
     )
 }
 """By their names on the wire."""
@@ -179,9 +217,7 @@ def forget_loaded(module: Any) -> None:
 def watch_loaders() -> None:
     """Note from now on what the loaders of the ComfyUI in this process make. Once is enough."""
     for key, loader in _LOADERS.items():
-        original = loader.function()
-        if original is not None and not hasattr(original, _WATCHED):
-            setattr(loader.owner(), loader.attribute, _watched(key, loader, original))
+        loader.watch(key)
 
 
 def _watched(key: str, loader: _Loader, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +229,7 @@ def _watched(key: str, loader: _Loader, original: Callable[..., Any]) -> Callabl
         try:
             bound = signature.bind(*given, **named)
             bound.apply_defaults()
-            arguments = {name: _copied(item) for name, item in bound.arguments.items() if name != "self"}
+            arguments = {name: _copied(item) for name, item in bound.arguments.items() if name not in _OWNERS}
             noted = arguments, tuple(mark_of(path) for path in loader.files(arguments))
         except Exception as error:  # it goes by reference then; the loader says what is wrong with the call
             _log.debug("a call of %s can't be repeated elsewhere: %r", key, error)
@@ -267,7 +303,7 @@ def call_loader(
     if not set(narrowed) <= set(known):
         raise LookupError(f"the loader {key} takes other arguments here: both sides need one ComfyUI")
     try:
-        made = function(loader.owner()(), **narrowed) if "self" in known else function(**narrowed)
+        made = loader.call(narrowed)
         parts = loader.parts(made)
         module, patcher = parts[part] if 0 <= part < len(parts) else (None, None)
     except Exception as error:

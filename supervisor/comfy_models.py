@@ -9,6 +9,7 @@ what is sent once only `comfy_models_packages`'.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from typing import Any, cast
@@ -86,9 +87,11 @@ def reduce(value: Any) -> object:
     residence = current_residence()
     with TABLE.lock:
         sent = Sent()
-        writer = PlanWriter(NAMES, ModelAdapter(TABLE, residence, sent))
+        adapter = ModelAdapter(TABLE, residence, sent)
+        writer = PlanWriter(NAMES, adapter)
         try:
-            plan = writer.write(value)
+            with contextlib.closing(adapter):
+                plan = writer.write(value)
         except UnsupportedValue as error:
             refusal = Refusal(str(error))
             refusal.add_step(error.path)

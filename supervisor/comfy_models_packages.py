@@ -13,6 +13,7 @@ wire `comfy_models_parcels`'.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 import weakref
@@ -165,7 +166,8 @@ class Table:
         inside = isinstance(target, torch.nn.Module)
         adapter = ModelAdapter(self, residence, sent, at_rest, inside=inside)
         writer = PlanWriter(self.names, adapter, root=target)
-        plan = writer.write(target)
+        with contextlib.closing(adapter):
+            plan = writer.write(target)
         weights = self.weights(residence)
         placed = weights.place(writer.tensors, residence)
         package = _Package(

@@ -9,6 +9,7 @@ Owns that, and nothing of where packages are kept: `Models` is what it asks of t
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from legion_shm.supervisor import comfy_models_special as special
 from legion_shm.supervisor.comfy_models_kinds import Fields, kind_of
 from legion_shm.supervisor.comfy_models_parcels import Sent
 from legion_shm.supervisor.comfy_models_plan import Adapter
-from legion_shm.supervisor.comfy_models_state import at_rest_of, standing_in
+from legion_shm.supervisor.comfy_models_state import at_rest_of, ejected, standing_in
 from legion_shm.transport.residence import Residence
 
 __all__ = ["ModelAdapter", "Models", "rebuild_patcher", "reduce_patcher"]
@@ -193,8 +194,13 @@ class ModelAdapter(Adapter):
         self._all, self._residence, self._sent = models, residence, sent
         self._at_rest = at_rest or {}
         self._inside = inside
+        self._ejected = contextlib.ExitStack()
         self._models: dict[int, list[Any]] = {}
         self._members: dict[int, tuple[Any, str]] = {}
+
+    def close(self) -> None:
+        """The walk is over: what injects code into the models that it met does so again."""
+        self._ejected.close()
 
     def package(self, value: Any) -> str | None:
         if isinstance(value, torch.nn.Module):
@@ -217,6 +223,8 @@ class ModelAdapter(Adapter):
 
     def special(self, value: Any) -> tuple[str, object] | None:
         if isinstance(value, _patcher_bases()):
+            if id(value.model) not in self._models or getattr(value, "is_injected", False):
+                self._ejected.enter_context(ejected(value.model, (value,)))
             self._models.setdefault(id(value.model), []).append(value)
             return "patcher", reduce_patcher(self._all, value)
         if isinstance(value, torch.nn.Module):

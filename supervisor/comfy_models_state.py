@@ -4,7 +4,7 @@
     object ── Seen ──▶ later: unchanged? written into?
 
 Owns the cheap questions that stand for comparing all weights, and so the limits of what is noticed. It
-changes nothing but for the time of `at_rest_of`.
+changes nothing but for the time of `at_rest_of` and `ejected`.
 """
 
 # ComfyUI's and torch's objects have no types here.
@@ -23,7 +23,7 @@ from legion_shm.supervisor import comfy_models_special as special
 from legion_shm.supervisor.comfy_models_kinds import kind_of
 from legion_shm.supervisor.comfy_models_weights import imprint
 
-__all__ = ["AtRest", "Seen", "at_rest_of", "standing_in"]
+__all__ = ["AtRest", "Seen", "at_rest_of", "ejected", "standing_in"]
 
 AtRest = Mapping[tuple[int, str], object]
 """What an object holds at rest, where that is not what it holds now: by owner's id and attribute."""
@@ -32,6 +32,16 @@ AtRest = Mapping[tuple[int, str], object]
 @contextlib.contextmanager
 def at_rest_of(target: Any, patchers: Sequence[Any]) -> Generator[AtRest, None, None]:
     """What the object holds while nothing is patched into it; injected code is taken out meanwhile."""
+    with ejected(target, patchers) as mine:
+        yield special.current_weights(target, mine)
+
+
+@contextlib.contextmanager
+def ejected(target: Any, patchers: Sequence[Any]) -> Generator[list[Any], None, None]:
+    """Without the code that patchers have injected into the object just now: those given, and those loaded.
+
+    All of these patchers are given. Clones share what injects, and what it remembers while it is injected.
+    """
     management: Any = sys.modules["comfy.model_management"]
     loaded = [model.model for model in management.current_loaded_models]
     mine = [p for p in loaded if p is not None and p.model is target]
@@ -41,7 +51,7 @@ def at_rest_of(target: Any, patchers: Sequence[Any]) -> Generator[AtRest, None, 
         for patcher in mine:
             if getattr(patcher, "is_injected", False):
                 stack.enter_context(patcher.use_ejected())
-        yield special.current_weights(target, mine)
+        yield mine
 
 
 def standing_in(target: Any, at_rest: AtRest) -> set[int]:

@@ -723,6 +723,11 @@ def scenario_recipes(world: World) -> Any:
     return found
 
 
+def scenario_loaders(world: World) -> Any:
+    """What each loader node loads, both ways."""
+    return importlib.import_module("loader_scenario").loaders(world, sys.modules[__name__])
+
+
 def scenario_quantized(world: World) -> Any:
     """Weights of a kind that can't go by reference go by recipe. [] where there is no such kind."""
     from safetensors.torch import save_file

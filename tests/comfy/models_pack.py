@@ -70,6 +70,16 @@ if os.environ.get("LEGION_TEST_DYNAMIC_VRAM"):
     emulate_dynamic_vram()
 
 
+def use_configurations_of(folder: Any) -> None:
+    """Have ComfyUI find the configurations of CLIP_VISION, and Llama's tokenizer, in this folder."""
+    for name in ("comfy.clip_vision", "comfy.text_encoders.hunyuan_video"):
+        importlib.import_module(name).__file__ = os.path.join(folder, "configurations", "code.py")
+
+
+if os.environ.get("LEGION_TEST_CONFIGURATIONS"):
+    use_configurations_of(os.environ["LEGION_TEST_CONFIGURATIONS"])
+
+
 class _Probe:
     RETURN_TYPES: tuple[str, ...] = ("*",)
     FUNCTION = "run"

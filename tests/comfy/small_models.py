@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 
-def _fill(module: torch.nn.Module, seed: int, scale: float = 0.03) -> dict[str, torch.Tensor]:
+def fill(module: torch.nn.Module, seed: int, scale: float = 0.03) -> dict[str, torch.Tensor]:
     """Random weights; what starts as ones or zeros in training stays near that."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
@@ -33,7 +33,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _made(name: str, *arguments: Any, **settings: Any) -> Any:
+def made(name: str, *arguments: Any, **settings: Any) -> Any:
     """An object of that class of ComfyUI with all its weights there, which some settings leave for later."""
     module, _, kind = name.rpartition(".")
     memory: Any = sys.modules.get("comfy.memory_management")
@@ -54,27 +54,26 @@ def unet_weights(
     ops = _module("comfy.ops").disable_weight_init
     levels = len(channel_mult)
     depth = [1] * (levels - 1) + [0]
-    unet = _made(
-        "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        num_res_blocks=[1] * levels,
-        channel_mult=list(channel_mult),
-        transformer_depth=depth,
-        transformer_depth_output=[item for item in depth for _ in range(2)],
-        transformer_depth_middle=1,
-        context_dim=768,
-        num_heads=8,
-        num_head_channels=-1,
-        use_spatial_transformer=True,
-        legacy=False,
-        operations=ops,
-        dtype=torch.float32,
-        **more,
-    )
-    return _fill(unet, seed)
+    settings: dict[str, Any] = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [1] * levels,
+        "channel_mult": list(channel_mult),
+        "transformer_depth": depth,
+        "transformer_depth_output": [item for item in depth for _ in range(2)],
+        "transformer_depth_middle": 1,
+        "context_dim": 768,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "operations": ops,
+        "dtype": torch.float32,
+    }
+    unet = made("comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel", **{**settings, **more})
+    return fill(unet, seed)
 
 
 def sd15(seed: int = 1, channel_mult: tuple[int, ...] = (1, 1)) -> Any:
@@ -84,7 +83,7 @@ def sd15(seed: int = 1, channel_mult: tuple[int, ...] = (1, 1)) -> Any:
 
 def wan(seed: int = 2, dim: int = 256, layers: int = 2) -> Any:
     """MODEL: a diffusion transformer of the Wan family."""
-    model = _made(
+    model = made(
         "comfy.ldm.wan.model.WanModel",
         model_type="t2v",
         dim=dim,
@@ -95,7 +94,7 @@ def wan(seed: int = 2, dim: int = 256, layers: int = 2) -> Any:
         operations=_module("comfy.ops").disable_weight_init,
         dtype=torch.float32,
     )
-    return _module("comfy.sd").load_diffusion_model_state_dict(_fill(model, seed))
+    return _module("comfy.sd").load_diffusion_model_state_dict(fill(model, seed))
 
 
 def clip_weights(seed: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -105,8 +104,8 @@ def clip_weights(seed: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, int]
     full = json.loads(
         (Path(_module("comfy.sd1_clip").__file__).parent / "sd1_clip_config.json").read_text("utf-8")
     )
-    encoder = _made("comfy.clip_model.CLIPTextModel", {**full, **config}, torch.float32, "cpu", ops)
-    return _fill(encoder, seed), config
+    encoder = made("comfy.clip_model.CLIPTextModel", {**full, **config}, torch.float32, "cpu", ops)
+    return fill(encoder, seed), config
 
 
 def clip(seed: int = 3) -> Any:
@@ -134,15 +133,15 @@ def vae(seed: int = 4) -> Any:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    model = _made("comfy.ldm.models.autoencoder.AutoencoderKL", ddconfig=config, embed_dim=4)
+    model = made("comfy.ldm.models.autoencoder.AutoencoderKL", ddconfig=config, embed_dim=4)
     return _module("comfy.sd").VAE(
-        sd=_fill(model, seed), config={"params": {"ddconfig": config, "embed_dim": 4}}
+        sd=fill(model, seed), config={"params": {"ddconfig": config, "embed_dim": 4}}
     )
 
 
 def tiny_vae_weights(seed: int = 5) -> dict[str, torch.Tensor]:
     """The weights of a TAESD."""
-    return _fill(_made("comfy.taesd.taesd.TAESD"), seed)
+    return fill(made("comfy.taesd.taesd.TAESD"), seed)
 
 
 def tiny_vae(seed: int = 5) -> Any:
@@ -153,7 +152,7 @@ def tiny_vae(seed: int = 5) -> Any:
 def control_net_weights(seed: int = 6) -> dict[str, torch.Tensor]:
     """The weights of a ControlNet for `sd15`."""
     ops = _module("comfy.ops").disable_weight_init
-    net = _made(
+    net = made(
         "comfy.cldm.cldm.ControlNet",
         image_size=32,
         in_channels=4,
@@ -172,7 +171,7 @@ def control_net_weights(seed: int = 6) -> dict[str, torch.Tensor]:
         operations=ops,
         dtype=torch.float32,
     )
-    return _fill(net, seed)
+    return fill(net, seed)
 
 
 def control_net(seed: int = 6) -> Any:
@@ -198,7 +197,7 @@ def clip_vision(folder: Path, seed: int = 7) -> Any:
     path = folder / "clip_vision.json"
     path.write_text(json.dumps(config))
     model = _module("comfy.clip_vision").ClipVisionModel(str(path))
-    model.load_sd(_fill(model.model, seed))
+    model.load_sd(fill(model.model, seed))
     return model
 
 
@@ -211,7 +210,7 @@ def _style_adapter() -> torch.nn.Module:
 
 def style_model_weights(seed: int = 8) -> dict[str, torch.Tensor]:
     """The weights of T2I's style adapter."""
-    return _fill(_style_adapter(), seed)
+    return fill(_style_adapter(), seed)
 
 
 def style_model(seed: int = 8) -> Any:
@@ -224,7 +223,7 @@ def style_model(seed: int = 8) -> Any:
 def upscale_model(seed: int = 9) -> Any:
     """UPSCALE_MODEL: an ESRGAN with one narrow block, as spandrel loads it."""
     module = _module("spandrel.architectures.ESRGAN").ESRGAN(num_filters=16, num_blocks=1, scale=2)
-    found = _module("spandrel").ModelLoader().load_from_state_dict(_fill(module, seed)).eval()
+    found = _module("spandrel").ModelLoader().load_from_state_dict(fill(module, seed)).eval()
     if hasattr(_module("comfy_extras.nodes_upscale_model"), "model_management"):
         management = _module("comfy.model_management")
         patchers = _module("comfy.model_patcher")

@@ -280,3 +280,41 @@ def test_quantized_weights_which_can_not_go_by_reference_go_by_recipe(told: dict
     if not told["quantized"]:
         pytest.skip("this ComfyUI has no tensors of such a kind")
     assert told["quantized"] == [True, True, True, True]
+
+
+_OF_NODES = (
+    "DualCLIPLoader",
+    "DualCLIPLoader, sd3",
+    "TripleCLIPLoader",
+    "QuadrupleCLIPLoader",
+    "CLIPVisionLoader",
+    "unCLIPCheckpointLoader, MODEL",
+    "unCLIPCheckpointLoader, VAE",
+    "unCLIPCheckpointLoader, CLIP_VISION",
+    "load_checkpoint_guess_config, CLIP",
+    "UpscaleModelLoader",
+    "GLIGENLoader",
+)
+_WAYS = ("reference", "recipe")
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("loader", _OF_NODES)
+def test_what_a_node_loaded_crosses_the_way_that_the_user_says(
+    told: dict[str, Any], loader: str, way: str
+) -> None:
+    equal, own, placed = told["loaders"]["kinds"][f"{loader}, {way}"]
+    assert equal
+    assert own, "another module came back than was sent"
+    assert placed >= 1 if way == "reference" else placed < 0.01, "bytes in the arena, to those of the weights"
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_what_a_node_loaded_computes_the_same_to_the_bit_either_way(told: dict[str, Any], way: str) -> None:
+    computed = {name: told for name, told in told["loaders"]["computed"].items() if name.endswith(way)}
+    assert {name.rpartition(",")[0] for name in computed} - {"LoraLoaderBypassModelOnly"} == {
+        *(name for name in _OF_NODES if not name.endswith((", MODEL", ", VAE")) and name != "GLIGENLoader"),
+        *("GLIGEN", "LoraLoader", "LoraLoaderModelOnly", "unCLIP"),
+    }
+    assert [name for name, (equal, _) in computed.items() if not equal] == []
+    assert [name for name, (_, varied) in computed.items() if not varied] == [], "the same for any model"
