@@ -28,6 +28,13 @@ from typing import Any
 _CHANNELS = (1, 2, 4)
 _ROUNDS = 7
 _IDLE_TRIM_S = 2.0
+_FRESH = {
+    "one thread": (1, False),
+    "two threads": (2, False),
+    "allocated first, one thread": (1, True),
+    "allocated first, two threads": (2, True),
+}
+"""Ways to copy into fresh shared memory: threads, and whether its pages are allocated first."""
 
 
 def _rollup(pid: int) -> dict[str, int]:
@@ -39,17 +46,22 @@ def _rollup(pid: int) -> dict[str, int]:
     return found
 
 
-def _fresh_copy_ms(source: bytearray, threads: int) -> float:
-    """One copy of as many bytes into shared memory that nobody has touched yet: the limit of a first copy."""
+def _fresh_copy_ms(source: bytearray, threads: int, *, allocated: bool) -> float:
+    """One copy of as many bytes into shared memory that nobody has touched yet: the limit of a first copy.
+
+    ``allocated``: its pages are allocated first, as an arena's are, which makes a shortage an error.
+    """
     nbytes = len(source)
     fd = os.memfd_create("legion-figures")
     try:
+        begun = time.perf_counter()
         os.ftruncate(fd, nbytes)
+        if allocated:
+            os.posix_fallocate(fd, 0, nbytes)
         with mmap.mmap(fd, nbytes) as memory:
             target = ctypes.c_char.from_buffer(memory)
             addresses = ctypes.addressof(target), ctypes.addressof(ctypes.c_char.from_buffer(source))
             step = -(-nbytes // threads)
-            started = time.perf_counter()
             parts = [
                 threading.Thread(
                     target=ctypes.memmove, args=(*(at + low for at in addresses), min(step, nbytes - low))
@@ -60,7 +72,7 @@ def _fresh_copy_ms(source: bytearray, threads: int) -> float:
                 part.start()
             for part in parts:
                 part.join()
-            took = time.perf_counter() - started
+            took = time.perf_counter() - begun
             del target
     finally:
         os.close(fd)
@@ -189,18 +201,18 @@ def measure(root: Path, base: Path, workers: int) -> dict[str, Any]:
         found["uss_bytes"] = statistics.mean(item["Private_Dirty"] + item["Private_Clean"] for item in after)
         found["mapped"] = sum(1 for item in after if item["Pss_Shmem"] > weights / (2 * workers))
         again: list[float] = []
-        fresh: dict[int, list[float]] = {1: [], 2: []}
+        fresh: dict[str, list[float]] = {name: [] for name in _FRESH}
         source = bytearray(weights)
-        for _ in range(3):
+        for _ in range(_ROUNDS):
             TABLE._by_object.clear()
             TABLE._weights.clear()
             gc.collect()
             stats = submit(0.0).result(timeout=wait_s).stats
             again.append(stats.encode_s * 1000)
-            for threads, times in fresh.items():
-                times.append(_fresh_copy_ms(source, threads))
+            for name, (threads, allocated) in _FRESH.items():
+                fresh[name].append(_fresh_copy_ms(source, threads, allocated=allocated))
         del source
-        found["fresh_copy_ms"] = {threads: statistics.median(times) for threads, times in fresh.items()}
+        found["fresh_copy_ms"] = {name: statistics.median(times) for name, times in fresh.items()}
         found["first_again_encode_ms"] = statistics.median(again)
         found["copy_ms"] = _copy_ms(weights)
     return found
@@ -209,16 +221,17 @@ def measure(root: Path, base: Path, workers: int) -> dict[str, Any]:
 def _show(found: dict[str, Any]) -> str:
     gigabyte = found["weights_bytes"] / 1e9
     times = found["pss_all_bytes"] / found["pss_one_bytes"]
+    just_after, among = found["pss_total_all_just_after_bytes"], found["pss_total_one_bytes"]
     rows = [
         ("weights", f"{gigabyte:.2f} GB in {found['tensors']} tensors"),
         ("sampling in a worker equals the master's", "to the bit" if found["equal"] else "NO"),
         ("one copy of the weights, warm memory to warm memory", f"{found['copy_ms']:.0f} ms"),
-        (
-            "one copy into fresh shared memory, one thread, two",
-            ", ".join(f"{took:.0f} ms" for took in found["fresh_copy_ms"].values()),
+        *(
+            (f"one copy into fresh shared memory, {name}", f"{took:.0f} ms")
+            for name, took in found["fresh_copy_ms"].items()
         ),
         ("first transfer, submit, new arena", f"{found['first_encode_ms']:.0f} ms"),
-        ("first transfer, submit, arena in use already", f"{found['first_again_encode_ms']:.0f} ms"),
+        ("the same, median in turns with those copies", f"{found['first_again_encode_ms']:.0f} ms"),
         ("first transfer, in the worker", f"{found['first_decode_ms']:.0f} ms"),
         (
             "second transfer, submit (median, worst)",
@@ -243,7 +256,10 @@ def _show(found: dict[str, Any]) -> str:
                 f"{found['pss_total_all_bytes'] / found['pss_total_one_bytes']:.2f} times one among them"
             ),
         ),
-        ("the same right after their jobs", f"{found['pss_total_all_just_after_bytes'] / 1e9:.2f} GB"),
+        (
+            "the same right after their jobs",
+            f"{just_after / 1e9:.2f} GB: {just_after / among:.2f} times one among them",
+        ),
         (
             f"zygote beside one, beside {found['workers']}",
             f"{found['pss_zygote_of_one_bytes'] / 1e9:.2f}, {found['pss_zygote_of_all_bytes'] / 1e9:.2f} GB",

@@ -71,6 +71,36 @@ def test_arguments_are_those_of_the_call_whatever_the_loader_does_to_them(models
     assert recipe(made.model)[2]["model_options"] == {"dtype": torch.float16}
 
 
+def test_a_class_method_of_a_node_is_watched_and_called_again(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class UpscaleModelLoader:
+        SCALE = 2
+
+        @classmethod
+        def execute(cls, model_name: str) -> Any:
+            width = cls.SCALE * len(model_name)
+            return types.SimpleNamespace(args=(_Patcher(torch.nn.Linear(width, width)),))
+
+    class Clone(UpscaleModelLoader):
+        """As ComfyUI's executor makes one of each node's class."""
+
+    paths, nodes = sys.modules["folder_paths"], types.ModuleType("nodes")
+    monkeypatch.setattr(
+        paths, "get_full_path", lambda _folder, name: str(models / f"{name}.safetensors"), raising=False
+    )
+    nodes.__dict__["NODE_CLASS_MAPPINGS"] = {"UpscaleModelLoader": UpscaleModelLoader}
+    monkeypatch.setitem(sys.modules, "nodes", nodes)
+    for _ in range(2):
+        watch_loaders()
+    made = Clone.execute("a").args[0].model
+    assert made.in_features == 2
+    assert recipe(made)[:3] == ("nodes.UpscaleModelLoader.execute", 0, {"model_name": "a"})
+    module, patcher = call_loader(*recipe(made))
+    assert module.in_features == 2
+    assert patcher is None
+
+
 def test_watching_twice_wraps_once(models: Path) -> None:
     first = sys.modules["comfy.sd"].load_diffusion_model
     watch_loaders()
