@@ -91,10 +91,10 @@ def test_the_event_loop_runs_on_while_inputs_are_encoded(
     turns = threading.Semaphore(0)
     pack = legion._memory.pack
 
-    def slow_pack(*arguments: Any) -> object:
+    def slow_pack(*arguments: Any, **keywords: Any) -> object:
         for _ in range(10):
             assert turns.acquire(timeout=20), "the event loop stood still"
-        return pack(*arguments)
+        return pack(*arguments, **keywords)
 
     monkeypatch.setattr(legion._memory, "pack", slow_pack)
 
