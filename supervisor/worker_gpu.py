@@ -86,7 +86,7 @@ class WorkerGpu:
         if not isinstance(answer, GpuSegmentIntroduced) or answer.device != device:
             raise ProtocolError("the supervisor granted another segment than was asked for")
         if faults.hit is not None:
-            faults.hit("worker.segment_granted")
+            faults.hit("gpu.granted")
         try:
             return answer.segment, self._opened(answer)
         except CudaError as error:

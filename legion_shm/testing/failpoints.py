@@ -45,6 +45,7 @@ PLACES = {
     "copy.half_done": "any copy into shared memory: half of the bytes are written",
     "segment.create": "supervisor: a segment is about to be made",
     "gpu.create": "supervisor: a segment of a GPU's memory is about to be made",
+    "gpu.granted": "worker: its segment of a GPU's memory is granted, and not open",
     "gpu.opened": "worker: a segment of a GPU's memory is open, and not proved",
     "gpu.copying": "any copy within a GPU's memory: it was begun, and is not awaited",
     "processes.after_spawn": "supervisor: a worker process was started, and is not looked after yet",

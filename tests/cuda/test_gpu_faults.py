@@ -111,7 +111,7 @@ def test_what_fails_in_the_driver_costs_no_job(
 DEATHS = {
     "with a block that is empty": ("arena.after_reserve=kill", "GpuOnes", FLOATS),
     "in the midst of its copy": ("gpu.copying=kill", "GpuOnes", FLOATS),
-    "before it takes its segment": ("worker.segment_granted=kill", "GpuOnes", FLOATS),
+    "before it takes its segment": ("gpu.granted=kill", "GpuOnes", FLOATS),
     "with the supervisor's memory just open": ("gpu.opened=kill", "GpuSame", None),
     "with a result that is not sent": ("host.before_reply=kill", "GpuOnes", FLOATS),
 }
