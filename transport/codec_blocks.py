@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -171,10 +171,8 @@ def write_groups(
             written.copies += 1
             _place(group, len(written.buffers), pad_block)
             written.buffers.append([len(written.blocks) - 1, 0, pad_block + nbytes])
-        if busy and faults.hit is not None:
-            faults.hit("gpu.copying")
-        for memory in busy.values():  # others may read it as soon as they hear of it
-            memory.synchronize()
+        if busy:
+            _await_copies(busy.values())
     except BaseException:
         with contextlib.suppress(Exception):  # whose copies failed before, and the first failure is told
             for memory in busy.values():
@@ -182,6 +180,14 @@ def write_groups(
         discard_all(written, store)
         raise
     return written
+
+
+def _await_copies(memories: Iterable[DeviceBytes]) -> None:
+    """Others may read them as soon as they hear of them."""
+    if faults.hit is not None:
+        faults.hit("gpu.copying")
+    for memory in memories:
+        memory.synchronize()
 
 
 def _device_block(store: BlockStore, first: Region, nbytes: int) -> DeviceBlock | None:
