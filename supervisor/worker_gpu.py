@@ -143,7 +143,12 @@ class WorkerGpu:
                 self._memory.add(*key, self._opened(message))
             except CudaError:
                 return None
-        return self._memory.view(handle)
+        try:
+            return self._memory.view(handle)
+        except RuntimeError as error:  # torch's own
+            self._works = False
+            self._memory.warn(f"torch takes no shared memory of a GPU: {error}")
+            return None
 
     def host_copy(self, handle: BlockHandle) -> BlockHandle:
         """A block in main memory with the same bytes, delivered in its place. Raises ArenaFull."""

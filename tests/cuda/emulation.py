@@ -28,6 +28,7 @@ UUID = "6e3a1c58-90d2-4f7b-8a41-5d0c2b7f9e13"
 SOURCE = Path(__file__).with_name("fake_cuda.c")
 FOLDER = "FAKE_CUDA_DIR"
 HIDDEN = "FAKE_CUDA_HIDDEN"
+TORCH_REFUSES = "FAKE_CUDA_TORCH_REFUSES"
 
 needs_compiler = [needs.linux, pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")]
 
@@ -63,6 +64,8 @@ class EmulatedDevices:
     def bytes_at(self, device: Any, address: int, nbytes: int) -> Any:
         import torch
 
+        if TORCH_REFUSES in os.environ:
+            raise RuntimeError("torch makes no tensor of it")
         return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
 
     def synchronize(self, tensor: Any) -> None:

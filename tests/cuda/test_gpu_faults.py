@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from legion_shm import Supervisor, WorkerLost, faults
+from legion_shm.clock import monotonic_s
 from legion_shm.testing.failpoints import armed
 from legion_shm.transport import gpu_memory
 from tests import needs
-from tests.cuda.emulation import EmulatedGpu, emulated_gpu, needs_compiler
+from tests.cuda.emulation import TORCH_REFUSES, EmulatedGpu, emulated_gpu, needs_compiler
 from tests.cuda.support import FLOATS, on_gpu, run, submit
-from tests.system.support import Gate, only_worker, pid_of, wait_for
+from tests.system.support import Gate, in_threads, only_worker, pid_of, wait_for
 
 pytestmark = needs_compiler
 
@@ -29,7 +32,7 @@ class Shared(NamedTuple):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     with emulated_gpu(tmp_path_factory.mktemp("gpu")) as gpu:
-        with Supervisor(idle_trim_s=0.1, restart_backoff_s=0.01) as legion:
+        with Supervisor(idle_trim_s=0.1, restart_backoff_s=0.01, restart_budget=1000) as legion:
             yield Shared(gpu, legion)
         assert gpu.allocations == []
         assert gpu.violations == ""
@@ -106,6 +109,50 @@ def test_what_fails_in_the_driver_costs_no_job(
         assert only_worker(legion).arena_bytes > 0
     finally:
         gpu.fail()
+
+
+def test_a_worker_whose_torch_takes_no_such_memory_works_without(shared: Shared) -> None:
+    _, legion = shared
+    refusing = on_gpu(env={TORCH_REFUSES: "1"})
+    sent = torch.rand(FLOATS)
+    for _ in range(2):
+        job = submit(legion, "GpuAdd", sent, refusing)
+        assert torch.equal(job.result(timeout=60)["output_1"], sent + 1)
+    begin_anew(shared)
+
+
+@pytest.mark.slow
+def test_callers_get_their_own_bytes_while_workers_are_killed(shared: Shared) -> None:
+    _, legion = shared
+    on, until_s = on_gpu(max_workers=3), monotonic_s() + 8.0
+    done = Counter[str]()
+
+    def call(number: int) -> None:
+        random = Random(number)
+        while monotonic_s() < until_s:
+            start, size = random.randrange(1 << 20), int(2 ** random.uniform(8, 19))
+            sent = torch.arange(start, start + size, dtype=torch.int32)
+            try:
+                got = run(legion, "GpuSame", [sent, sent[size // 3 :]], on)
+            except WorkerLost:
+                done["lost"] += 1
+                continue
+            assert torch.equal(got[0], sent)
+            assert torch.equal(got[1], sent[size // 3 :])
+            done["whole"] += 1
+
+    def kill(_: int) -> None:
+        while monotonic_s() < until_s - 2:
+            for worker in legion.workers():
+                if worker.state == "busy" and done["whole"] > 20 * (done["killed"] + 1):
+                    os.kill(pid_of(worker), needs.KILL)
+                    done["killed"] += 1
+                    break
+
+    in_threads(4, lambda number: kill(number) if number == 3 else call(number))
+    assert min(done["whole"], done["killed"]) > 0
+    assert done["lost"] <= done["killed"]
+    begin_anew(shared)
 
 
 DEATHS = {
