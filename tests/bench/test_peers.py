@@ -109,7 +109,7 @@ def test_names_are_unique_and_every_way_says_its_settings() -> None:
 def test_ours_stands_for_all_of_ours_and_unknown_names_are_refused() -> None:
     chosen = choose_peers(["ours", "pipe"])
     assert {peer.kind for peer in chosen if peer.name != "pipe"} == {"legion"}
-    assert len(chosen) == 8
+    assert len(chosen) == 9
     with pytest.raises(BenchmarkError, match="telegraph"):
         choose_peers(["telegraph"])
 
