@@ -52,9 +52,12 @@ class GpuLending:
         helpers: Executor,
         post: Post,
         introduce: Introduce,
+        dropped: Callable[[int, tuple[int, ...]], None],
     ) -> None:
         self._memory, self._processes, self._table = memory, processes, table
         self._helpers, self._post, self._introduce = helpers, post, introduce
+        self._tell_dropped = dropped
+        self._orphans: set[tuple[int, int]] = set()
         self._open: dict[tuple[int, int], set[str]] = {}  # segments that go, and who has each open still
 
     # --- segments -------------------------------------------------------------------------------------
@@ -134,6 +137,21 @@ class GpuLending:
             self._let_go(worker, key)
         if worker.blind_to:
             self._note_blind()
+
+    def orphaned(self, arena: int) -> None:
+        """An arena's owner is gone: its segments on devices need not wait for what lies in its others."""
+        self._orphans.update((arena, segment_id) for segment_id in self._memory.gpu.ids(arena))
+        self.tend()
+
+    def tend(self) -> None:
+        """Drop the segments of dead workers in which nobody has a block any more."""
+        for key in tuple(self._orphans):
+            arena, segment_id = key
+            if self._memory.gpu.segment(*key) is None:
+                self._orphans.discard(key)
+            elif self._table.remove_segment(*key):
+                self._orphans.discard(key)
+                self._tell_dropped(arena, self._memory.gpu.drop(arena, (segment_id,)))
 
     def _let_go(self, worker: WorkerIO, key: tuple[int, int]) -> None:
         holders = self._open.get(key)

@@ -67,7 +67,9 @@ class Lending:
         self._settings, self._memory, self._processes = settings, memory, processes
         self._helpers, self._post = helpers, post
         self.table = LeaseTable()
-        self.gpu = GpuLending(memory, processes, self.table, helpers, post, self._introduce)
+        self.gpu = GpuLending(
+            memory, processes, self.table, helpers, post, self._introduce, self._tell_dropped
+        )
         self._owners: dict[int, str] = {}
         self._waiting: dict[str, WorkerIO] = {}  # those whose sockets have no room for a descriptor
         self._flush_at_s: float | None = None
@@ -187,6 +189,7 @@ class Lending:
         self.gpu.worker_gone(worker)
         self.table.drop_holder(worker.id)
         self.table.condemn(worker.arena)
+        self.gpu.orphaned(worker.arena)
 
     # --- segments -------------------------------------------------------------------------------------
 
@@ -378,6 +381,7 @@ class Lending:
                 if owner is not None:
                     for some in in_batches(handles):
                         self._processes.send(owner, BlocksFreed(some))
+        self.gpu.tend()
         for arena in self.table.drain_empty():
             self._tell_dropped(arena, memory.drop(arena))
         if self._idle_since_s is not None and now >= self._idle_since_s + self._settings.idle_trim_s:

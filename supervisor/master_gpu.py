@@ -115,6 +115,10 @@ class MasterGpu:
     def segment(self, arena: int, segment_id: int) -> GpuSegment | None:
         return self._segments.get((arena, segment_id))
 
+    def ids(self, arena: int) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(key[1] for key in self._segments if key[0] == arena)
+
     def segment_bytes(self, arena: int) -> int:
         """What an arena's segments take of all devices."""
         with self._lock:
@@ -132,9 +136,8 @@ class MasterGpu:
 
     def drop(self, arena: int, segment_ids: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Forget segments (all of an arena by default): their ids. `release` frees each."""
-        with self._lock:
-            known = [key[1] for key in self._segments if key[0] == arena]
-        ids = tuple(known) if segment_ids is None else tuple(i for i in segment_ids if i in known)
+        known = self.ids(arena)
+        ids = known if segment_ids is None else tuple(i for i in segment_ids if i in known)
         for segment_id in ids:
             self._memory.drop(arena, segment_id)
         self._leave(arena, ids)

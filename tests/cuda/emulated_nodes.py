@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from legion_shm.transport.torch_devices import use_devices
@@ -39,14 +38,18 @@ class Ones(Add):
         return (torch.ones(int(value)),)
 
 
+class Array(Add):
+    """Ones in main memory."""
+
+    def run(self, value: Any) -> tuple[Any]:
+        import numpy as np
+
+        return (np.ones(int(value), dtype=np.float32),)
+
+
 class Same(Add):
     def run(self, value: Any) -> tuple[Any]:
         return (value,)
 
 
-class Pid(Add):
-    def run(self, value: Any) -> tuple[Any]:
-        return (os.getpid(),)
-
-
-NODE_CLASS_MAPPINGS = {f"Gpu{kind.__name__}": kind for kind in (Add, Ones, Same, Pid)}
+NODE_CLASS_MAPPINGS = {f"Gpu{kind.__name__}": kind for kind in (Add, Array, Ones, Same)}

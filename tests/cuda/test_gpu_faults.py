@@ -155,6 +155,20 @@ def test_callers_get_their_own_bytes_while_workers_are_killed(shared: Shared) ->
     begin_anew(shared)
 
 
+def test_a_dead_workers_memory_there_is_freed_while_its_main_memory_is_looked_at(shared: Shared) -> None:
+    gpu, legion = shared
+    begin_anew(shared)
+    kept = run(legion, "GpuArray", FLOATS)
+    first = submit(legion, "GpuOnes", FLOATS)
+    assert first.exception(timeout=60) is None
+    os.kill(pid_of(only_worker(legion)), needs.KILL)
+    wait_for(lambda: not legion.workers(), "the worker is gone")
+    assert len(gpu.allocations) == 1, "somebody has a block there"
+    assert float(first.result()["output_1"].sum()) == FLOATS
+    wait_for(lambda: gpu.allocations == [], "nobody has one any more")
+    assert kept.sum() == FLOATS
+
+
 DEATHS = {
     "with a block that is empty": ("arena.after_reserve=kill", "GpuOnes", FLOATS),
     "in the midst of its copy": ("gpu.copying=kill", "GpuOnes", FLOATS),
