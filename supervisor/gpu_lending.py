@@ -51,12 +51,14 @@ class GpuLending:
         table: LeaseTable,
         helpers: Executor,
         post: Post,
+        *,
         introduce: Introduce,
         dropped: Callable[[int, tuple[int, ...]], None],
+        idle_trim_s: float,
     ) -> None:
         self._memory, self._processes, self._table = memory, processes, table
         self._helpers, self._post, self._introduce = helpers, post, introduce
-        self._tell_dropped = dropped
+        self._tell_dropped, self._idle_trim_s = dropped, idle_trim_s
         self._orphans: set[tuple[int, int]] = set()
         self._open: dict[tuple[int, int], set[str]] = {}  # segments that go, and who has each open still
 
@@ -141,10 +143,13 @@ class GpuLending:
     def orphaned(self, arena: int) -> None:
         """An arena's owner is gone: its segments on devices need not wait for what lies in its others."""
         self._orphans.update((arena, segment_id) for segment_id in self._memory.gpu.ids(arena))
-        self.tend()
 
-    def tend(self) -> None:
-        """Drop the segments of dead workers in which nobody has a block any more."""
+    def tend(self, now: float) -> None:
+        """Drop the segments of dead workers in which nobody has a block any more, and our own idle ones."""
+        gpu = self._memory.gpu
+        if gpu.idle_since_s is not None and now >= gpu.idle_since_s + self._idle_trim_s:
+            gpu.idle_since_s = None
+            self._help(gpu.trim, gpu.trim)
         for key in tuple(self._orphans):
             arena, segment_id = key
             if self._memory.gpu.segment(*key) is None:

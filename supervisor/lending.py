@@ -68,7 +68,14 @@ class Lending:
         self._helpers, self._post = helpers, post
         self.table = LeaseTable()
         self.gpu = GpuLending(
-            memory, processes, self.table, helpers, post, self._introduce, self._tell_dropped
+            memory,
+            processes,
+            self.table,
+            helpers,
+            post,
+            introduce=self._introduce,
+            dropped=self._tell_dropped,
+            idle_trim_s=settings.idle_trim_s,
         )
         self._owners: dict[int, str] = {}
         self._waiting: dict[str, WorkerIO] = {}  # those whose sockets have no room for a descriptor
@@ -350,6 +357,8 @@ class Lending:
             times.append(self._flush_at_s)
         if self._idle_since_s is not None:
             times.append(self._idle_since_s + self._settings.idle_trim_s)
+        if self._memory.gpu.idle_since_s is not None:
+            times.append(self._memory.gpu.idle_since_s + self._settings.idle_trim_s)
         if self._waiting:
             times.append(now + _RETRY_S)
         if self._memory.live_views() or self._memory.forgotten:
@@ -381,7 +390,7 @@ class Lending:
                 if owner is not None:
                     for some in in_batches(handles):
                         self._processes.send(owner, BlocksFreed(some))
-        self.gpu.tend()
+        self.gpu.tend(now)
         for arena in self.table.drain_empty():
             self._tell_dropped(arena, memory.drop(arena))
         if self._idle_since_s is not None and now >= self._idle_since_s + self._settings.idle_trim_s:

@@ -73,8 +73,14 @@ class MasterGpu:
     def undrained(self) -> int:
         return self._memory.undrained()
 
-    def in_use(self) -> bool:
-        return self._memory.blocks() > 0
+    @property
+    def idle_since_s(self) -> float | None:
+        """Since when the own arenas have segments and no block in use."""
+        return self._memory.idle_since_s
+
+    @idle_since_s.setter
+    def idle_since_s(self, since_s: float | None) -> None:
+        self._memory.idle_since_s = since_s
 
     def trim(self) -> None:
         """Give the own arenas' wholly free segments up."""

@@ -260,8 +260,7 @@ class MasterMemory:
 
     def in_use(self) -> bool:
         """Whether any block of the own arena may be looked at by somebody."""
-        born = self._born is not None and self._born.published
-        return bool(self._arena.stats().blocks or born or self.gpu.in_use())
+        return bool(self._arena.stats().blocks or (self._born is not None and self._born.published))
 
     def stats(self) -> ArenaStats:
         return self._arena.stats()
@@ -351,7 +350,6 @@ class MasterMemory:
         retired = tuple(self._arena.trim())
         if retired:
             self._retire(retired)
-        self.gpu.trim()
         self._retire_born()
         return self._born is not None and self._born.total_bytes > 0
 

@@ -69,11 +69,9 @@ class WorkerGpu:
     def free(self, handle: BlockHandle) -> bool:
         return self._memory.free(handle)
 
-    def blocks(self) -> int:
-        return self._memory.blocks()
-
-    def total_bytes(self) -> int:
-        return self._memory.total_bytes()
+    @property
+    def idle_since_s(self) -> float | None:
+        return self._memory.idle_since_s
 
     def trim(self) -> tuple[int, ...]:
         """Close the own arenas' wholly free segments: their ids, for the supervisor to free."""

@@ -156,7 +156,6 @@ class WorkerMemory:
         return self._arena.reserve(nbytes)
 
     def device_block(self, kind: str, uuid: str, nbytes: int) -> DeviceBlock | None:
-        self._idle_since_s = None
         return self._gpu.block(kind, uuid, nbytes)
 
     def discard(self, handle: BlockHandle) -> None:
@@ -301,9 +300,8 @@ class WorkerMemory:
             self._note_idle()
 
     def _note_idle(self) -> None:
-        if self._arena.stats().blocks or self._gpu.blocks() or (self._born and self._born.published):
-            return
-        if self.arena_bytes() or self._gpu.total_bytes():
+        stats = self._arena.stats()
+        if not stats.blocks and (self._born is None or not self._born.published) and self.arena_bytes():
             self._idle_since_s = monotonic_s()
 
     def drain_released(self, most: int | None = None, *, quick: bool = False) -> tuple[BlockHandle, ...]:
@@ -430,22 +428,23 @@ class WorkerMemory:
 
     def trim_in_s(self) -> float | None:
         """Seconds until an unused arena is given back; None when there is nothing to wait for."""
-        if self._idle_since_s is None:
-            return None
-        return max(0.0, self._idle_since_s + self._config.idle_trim_s - monotonic_s())
+        since_s = [s for s in (self._idle_since_s, self._gpu.idle_since_s) if s is not None]
+        return max(0.0, min(since_s) + self._config.idle_trim_s - monotonic_s()) if since_s else None
 
     def trim(self) -> tuple[int, ...]:
         """Give wholly free segments back to the system, if the arena was unused for long enough."""
-        wait_s = self.trim_in_s()
-        if wait_s is None or wait_s > 0:
-            return ()
+        before_s = monotonic_s() - self._config.idle_trim_s
+        since_s = self._gpu.idle_since_s
+        on_gpus = self._gpu.trim() if since_s is not None and since_s <= before_s else ()
+        if self._idle_since_s is None or self._idle_since_s > before_s:
+            return on_gpus
         self._idle_since_s = None
         retired = (*self._arena.trim(), *(() if self._born is None else self._born.retire()))
         for segment_id in retired:
             self._own.pop(segment_id, None)
             self._attachments.drop(self._config.arena, segment_id)
         self._share_quota()
-        return (*retired, *self._gpu.trim())
+        return (*retired, *on_gpus)
 
     def _grow_born(self, nbytes: int) -> tuple[int, Segment]:
         for segment_id in self._arena.trim():  # what was copied there before is to be born from now on

@@ -95,6 +95,8 @@ class GpuMemory:
         self._located: dict[str, Any] = {}
         self._ended: deque[BlockHandle] = deque()
         self._warned = False
+        self.idle_since_s: float | None = None
+        """Since when the own arenas have segments and no block, whatever is in use of main memory."""
 
     # --- the own arenas -----------------------------------------------------------------------------
 
@@ -106,10 +108,12 @@ class GpuMemory:
         if avoided and not avoided.isdisjoint(("", device)):
             return None
         arena = self._arena(device)
+        self.idle_since_s = None
         try:
             block = arena.reserve(nbytes)
         except ArenaFull as error:
             _log.debug("%s", error)
+            self._note_idle()
             refused_s = self._refused_s.pop(device, None)
             if refused_s is not None:
                 self._asked_in_vain_s[device] = refused_s
@@ -118,7 +122,7 @@ class GpuMemory:
             segment = self._segments[self._arena_id, block.handle.segment]
             return DeviceBlock(block.handle, self._bytes(segment, block.handle))
         except Exception as error:
-            arena.free(block.handle)
+            self.free(block.handle)
             self.warn(f"torch takes no shared memory of GPU {device}: {error}")
             self._quota_bytes = 0
             return None
@@ -161,10 +165,16 @@ class GpuMemory:
         if arena is None:
             return False
         arena.free(handle)
+        self._note_idle()
         return True
+
+    def _note_idle(self) -> None:
+        if not self.blocks() and self.total_bytes():
+            self.idle_since_s = monotonic_s()
 
     def trim(self) -> list[int]:
         """Give up the wholly free segments of the own arenas: their ids."""
+        self.idle_since_s = None
         ids = [segment_id for arena in tuple(self._arenas.values()) for segment_id in arena.trim()]
         for segment_id in ids:
             self.drop(self._arena_id, segment_id)

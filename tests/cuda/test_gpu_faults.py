@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,3 +246,15 @@ def test_unused_memory_is_given_back_and_taken_again(shared: Shared) -> None:
         )
         assert gpu.violations == ""
     assert only_worker(legion).pid == before.pid
+
+
+def test_a_gpus_unused_memory_goes_back_while_main_memory_is_in_use(shared: Shared) -> None:
+    gpu, legion = shared
+    begin_anew(shared)
+    there = np.ones(FLOATS)
+    kept = [run(legion, "GpuSame", there), run(legion, "GpuArray", FLOATS)]
+    assert float(run(legion, "GpuAdd", torch.ones(FLOATS)).sum()) == 2 * FLOATS
+    assert gpu.allocations
+    wait_for(lambda: not gpu.allocations, "both arenas there are given back")
+    assert only_worker(legion).arena_bytes > 0
+    assert [float(each.sum()) for each in kept] == [FLOATS, FLOATS]
