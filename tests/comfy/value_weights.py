@@ -40,7 +40,7 @@ def _module(name: str) -> Any:
 
 def random(module: torch.nn.Module, seed: int = 30) -> Weights:
     """Random weights for that module; what starts as ones in training stays near that."""
-    return dict(_module("small_models")._fill(module, seed))
+    return dict(_module("small_models").fill(module, seed))
 
 
 def _ops() -> Any:
