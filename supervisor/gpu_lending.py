@@ -8,11 +8,9 @@ copy of it in main memory, made on a helper's thread, and its pool is sent no mo
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import Protocol
 
 from legion_shm.errors import ArenaFull, LegionError, ProtocolError
 from legion_shm.supervisor.master_memory import MasterMemory
@@ -31,14 +29,8 @@ from legion_shm.transport.messages import (
 
 __all__ = ["GpuLending"]
 
-_log = logging.getLogger("legion_shm.supervisor")
-
 _DEVICE_MAX = 80
 """Characters of a device's UUID: torch writes 36, some tools 40."""
-
-
-class Introduce(Protocol):
-    def __call__(self, worker: WorkerIO, handle: BlockHandle) -> None: ...
 
 
 class GpuLending:
@@ -52,7 +44,7 @@ class GpuLending:
         helpers: Executor,
         post: Post,
         *,
-        introduce: Introduce,
+        introduce: Callable[[WorkerIO, BlockHandle], None],
         dropped: Callable[[int, tuple[int, ...]], None],
         idle_trim_s: float,
     ) -> None:

@@ -149,7 +149,8 @@ class WorkerInfo:
     """One worker, as ``Supervisor.workers()`` saw it. Sizes in bytes; ``pid`` is None before the spawn.
 
     ``state``: starting, idle, busy or stopping. ``engine`` is the one it runs, or the one its spec asks
-    for while it starts. ``rss_bytes`` comes with its heartbeat.
+    for while it starts. ``rss_bytes`` comes with its heartbeat. ``arena_bytes`` and ``gpu_arena_bytes``: what
+    its arenas hold of main memory and of GPUs'.
     """
 
     id: str
