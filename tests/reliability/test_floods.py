@@ -42,7 +42,7 @@ class FakeChannel:
         self.frames = [(b"noisy", frame)] * flood
         self.frames.insert(1, (b"quiet", frame))
 
-    def receive(self) -> tuple[bytes, bytes] | None:
+    def receive(self, *, waits: bool) -> tuple[bytes, bytes] | None:
         return self.frames.pop(0) if self.frames else None
 
 
