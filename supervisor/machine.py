@@ -359,6 +359,8 @@ class Machine:
         for worker in list(self.workers.values()):
             self._ladder.judge(worker, now)
         for pool in self.pools.values():
+            if pool.queue and pool.warm_spares and not self._tables.closing:
+                self._schedule.hand_out(pool, self._tables.alive(pool))  # one may have made room for a spare
             if pool.not_before_s and now >= pool.not_before_s:
                 pool.not_before_s = 0.0
                 self._schedule.pool(pool, now)

@@ -78,12 +78,7 @@ class Schedule:
             return
         starved_since_s, pool.starved_since_s = pool.starved_since_s, None
         alive = self._tables.alive(pool)
-        busy = _busy(alive)
-        for worker in alive:
-            if not pool.queue or busy >= pool.max_workers:
-                break
-            if worker.state == "idle" and self._send_next(worker, pool):
-                busy += 1
+        busy = self.hand_out(pool, alive)
         if not (pool.queue or pool.warm_spares or pool.given_up) and len(alive) == pool.target:
             return  # as it nearly always is: neither more nor fewer are wanted
         for_jobs, spares = self._wanted(pool, busy)
@@ -106,6 +101,16 @@ class Schedule:
             self._tables.order(SpawnWorker(worker.id, pool.key))
         lasting = len([worker for worker in alive if not worker.expected])
         pool.target = max(pool.target, min(lasting, pool.max_workers))
+
+    def hand_out(self, pool: PoolRecord, alive: list[WorkerRecord]) -> int:
+        """Give a pool's jobs to those of its workers that idle: how many are busy then."""
+        busy = _busy(alive)
+        for worker in alive:
+            if not pool.queue or busy >= pool.max_workers:
+                break
+            if worker.state == "idle" and self._send_next(worker, pool):
+                busy += 1
+        return busy
 
     def _evict_for(self, pool: PoolRecord, now: float) -> None:
         """Make room by stopping the longest idle worker of a pool that has no work for it."""

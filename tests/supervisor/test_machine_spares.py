@@ -59,6 +59,14 @@ def test_a_spare_takes_the_place_of_a_worker_that(how: str) -> None:
     assert spawned(actions) == ["w3"], "and there is a new spare behind it"
 
 
+def test_a_spare_takes_the_job_that_waited_for_a_worker_that_does_not_end_its_cancelled_one() -> None:
+    driver = Driver(cancel_grace_s=5.0)
+    working(driver)
+    driver.cancel("a")
+    assert sent(driver.submit("b")) == []
+    assert sent(driver.later(5.0)) == [("w2", "b")], "before the process of the other has ended"
+
+
 @pytest.mark.parametrize("spares", [0, 1, 3])
 def test_the_first_job_starts_its_worker_and_so_many_spares(spares: int) -> None:
     driver = Driver()
