@@ -266,13 +266,17 @@ def test_what_is_condensed_keeps_what_others_write_meanwhile(monkeypatch: pytest
         segment = create_segment("memfd", 16 * HUGE, name_prefix=PREFIX)
     address, over = segment.shared_address(), threading.Event()
     written: list[int] = []
+    lost: list[int] = []
 
     def write() -> None:
         number = 0
         while not over.is_set() or number < 3:
             number += 1
             for offset in range(0, 16 * HUGE, PAGE):
-                ctypes.c_uint32.from_address(address + offset).value = number
+                cell = ctypes.c_uint32.from_address(address + offset)
+                if cell.value != number - 1:
+                    lost.append(offset)
+                cell.value = number
         written.append(number)
 
     writer = threading.Thread(target=write)
@@ -280,6 +284,7 @@ def test_what_is_condensed_keeps_what_others_write_meanwhile(monkeypatch: pytest
     condensed(segment)
     over.set()
     writer.join(60)
+    assert not lost, "each write was there when the next one came"
     pages = range(0, 16 * HUGE, PAGE)
     assert {ctypes.c_uint32.from_address(address + offset).value for offset in pages} == set(written)
     other = attached_again(segment).map_block(0, 16 * HUGE)
