@@ -273,8 +273,9 @@ with Supervisor(channel=channel, heartbeat_interval_s=0.05) as legion:
     lies = code_flow("import os; send_raw(os.urandom(99)); import time; time.sleep(9)")
     assert isinstance(legion.submit(lies, inputs=[tensor], spec=noisy).exception(timeout=60), LegionError)
     logging.getLogger("canary").warning("logging works: %s", "WITNESS-" + canary)
-    tokens = [worker.token for worker in legion._loop._processes]
-    tokens += [worker.endpoint.client_secret.decode() for worker in legion._loop._processes]
+    workers = list(legion._loop._processes)  # one that takes an ended one's place may have no endpoint yet
+    tokens = [worker.token for worker in workers]
+    tokens += [worker.endpoint.client_secret.decode() for worker in workers if worker.endpoint is not None]
 with open("tokens", "w") as file:
     file.write("\\n".join(token for token in tokens if token))
 """
