@@ -47,6 +47,7 @@ from legion_shm.supervisor.stimuli import CancelRequested, StopRequested, WarmUp
 from legion_shm.supervisor.submission import JobTimes, Submission
 from legion_shm.transport.born_build import library_path
 from legion_shm.transport.channel import ChannelKind, ServerChannel, channel_kinds, check_descriptors
+from legion_shm.transport.copying import use_library
 from legion_shm.transport.runtime_dir import RuntimeDir, sweep_stale
 from legion_shm.transport.segment import SegmentKind, supported_kinds
 from legion_shm.transport.values import EXTRA_DATA, PackedValues
@@ -118,8 +119,9 @@ class Supervisor:
         faults.arm_from_environment()
         check_descriptors()
         segments, channel = _choose_segments(settings), _choose_channel(settings)
-        if segments == "memfd":
-            library_path()  # compiled here, once per machine, and not on the loop's thread
+        library, _ = library_path()  # compiled here, once per machine, and not on the loop's thread
+        if library is not None:
+            use_library(str(library))
         sweep_stale(base)
         with contextlib.ExitStack() as on_failure:
             directory = on_failure.enter_context(RuntimeDir.create(base))

@@ -44,6 +44,7 @@ from legion_shm.supervisor.worker_io import write_begun
 from legion_shm.supervisor.worker_memory import WorkerMemory
 from legion_shm.transport.channel import ClientChannel
 from legion_shm.transport.codec import RECORDS, VALUE_TYPES, Pickled
+from legion_shm.transport.copying import use_library
 from legion_shm.transport.frames import decode_message, encode_message
 from legion_shm.transport.messages import (
     HANDLES_MAX,
@@ -81,6 +82,8 @@ def main(config: HostConfig) -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever the program does: nodes have children too
     extend_path(config.python_path, config.parent_path)
+    if config.library:
+        use_library(config.library)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(
             AttributeError

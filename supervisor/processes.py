@@ -23,6 +23,7 @@ from legion_shm.supervisor.spawned import SpawnedWorker
 from legion_shm.supervisor.worker_io import WorkerIO
 from legion_shm.supervisor.zygote import Request
 from legion_shm.supervisor.zygotes import Zygotes
+from legion_shm.transport.born_build import library_path
 from legion_shm.transport.channel import ServerChannel
 from legion_shm.transport.codec_plan import load_handlers
 from legion_shm.transport.frames import encode_message
@@ -141,6 +142,7 @@ class Processes:
             python_path=tuple(spec.python_path),
             parent_path=importable,
             preloaded=preload_for(spec, kind),
+            library=str(library_path()[0] or ""),
         )
 
         def start() -> None:

@@ -75,7 +75,10 @@ _WNOHANG = getattr(os, "WNOHANG", 1)  # Windows lacks it, and what uses it
 
 @dataclass(frozen=True)
 class HostConfig:
-    """What a worker process is told at its start; picklable, and unpicklable without torch."""
+    """What a worker process is told at its start; picklable, and unpicklable without torch.
+
+    ``library`` is our native code's file, ``preloaded`` the same where the worker starts with it preloaded.
+    """
 
     worker: str
     token: str = field(repr=False)
@@ -104,6 +107,7 @@ class HostConfig:
     descriptor_fd: int = -1
     begun_fd: int = -1
     preloaded: str = ""
+    library: str = ""
 
 
 class _LegionPopen(SpawnPopen):

@@ -15,7 +15,7 @@ from legion_shm.transport.segment import Segment
 
 __all__ = ["SHIM_VERSION", "BornBlock", "BornNumbers", "Shim"]
 
-SHIM_VERSION = 2
+SHIM_VERSION = 3
 
 _ORPHANS_AT_ONCE = 256
 

@@ -2,7 +2,8 @@
 
 Owns the cache folder and the call of the compiler, for setup.py too, which loads this file by itself: it
 imports nothing of ours at its top. Whatever is missing is a reason in words and never an error: without the
-shim, tensors are copied into the arena as they are sent.
+shim, tensors are copied into the arena as they are sent, by the C library's memmove. The library also holds
+copy.c, for `transport.copying`, which needs no preloading.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ __all__ = ["PREBUILT_NAME", "build_for_wheel", "library_path", "preload_problem"
 PREBUILT_NAME = "born-prebuilt.so"
 """Beside the source, in wheels that were built where there was a compiler."""
 
-_SOURCE = Path(__file__).with_name("native") / "born.c"
-_PREBUILT = _SOURCE.with_name(PREBUILT_NAME)
+_FOLDER = Path(__file__).with_name("native")
+_SOURCES = (_FOLDER / "born.c", _FOLDER / "copy.c")
+_PREBUILT = _FOLDER / PREBUILT_NAME
 _COMPILE_S = 60.0
 _FLAGS = ("-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 _LIBRARIES = ("-ldl", "-lpthread")
@@ -52,7 +54,7 @@ def library_path() -> tuple[Path | None, str]:
     if _preloadable(_PREBUILT) and _loads(_PREBUILT):
         return _PREBUILT, ""
     try:
-        source = _SOURCE.read_bytes()
+        source = b"".join(path.read_bytes() for path in _SOURCES)
         key = hashlib.blake2b(source + platform.machine().encode(), digest_size=10).hexdigest()
         folder = _cache_folder()
         path = folder / f"born-{key}.so"
@@ -139,7 +141,7 @@ def _compile(target: Path, libraries: tuple[str, ...]) -> None:
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc or clang) here")
     done = subprocess.run(
-        [compiler, *_FLAGS, "-o", str(target), str(_SOURCE), *libraries],
+        [compiler, *_FLAGS, "-o", str(target), *map(str, _SOURCES), *libraries],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=_COMPILE_S,

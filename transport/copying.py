@@ -1,9 +1,10 @@
 """Copying bytes between two addresses of this process, fast.
 
-Owns the one helper thread that takes half of a large copy, and the choice whether it does: two threads are
-up to twice as fast where a processor is idle and memory is faster than one of them, and slower where not, so
-what copies of about that size took here lately decides. It knows nothing of tensors or blocks, and never
-checks an address: its callers do.
+Large copies are shared by two threads, which is up to twice as fast where a processor is idle and memory is
+faster than one of them. Where this process was told of the library of native code, its copy.c does that, and
+loses nothing where it is not so. Elsewhere a thread of Python's takes half of a copy; as that is slower where
+it does not pay, what copies of about that size took here lately decides. It knows nothing of tensors or of
+blocks, and never checks an address: its callers do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import mmap
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from statistics import median
@@ -21,10 +23,14 @@ from threading import Lock
 from legion_shm import faults
 from legion_shm.helper_threads import HelperThreads
 
-__all__ = ["SPLIT_MIN_BYTES", "Chooser", "copy_memory"]
+__all__ = ["SPLIT_MIN_BYTES", "Chooser", "copy_memory", "use_library"]
 
 SPLIT_MIN_BYTES = 2 * 1024 * 1024
 """Below it, handing half to another thread costs more than it saves."""
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Helper:
@@ -33,7 +39,7 @@ class _Helper:
     def __init__(self) -> None:
         self._free = Lock()
         self._pool: HelperThreads | None = None
-        self._cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._cpus = _cpus()
 
     def start(self, dst: int, src: int, nbytes: int) -> Future[object] | None:
         """Begin a copy and take the helper, or None where it is not to be had."""
@@ -88,6 +94,7 @@ class Chooser:
         self._taken[two].append(seconds / nbytes)
 
 
+_native: Callable[[int, int, int], object] | None = None  # as memmove; gives up the GIL
 _helper = _Helper()
 _choosers: dict[int, Chooser] = {}  # by the size's bit length: where small copies lose, large ones may gain
 
@@ -101,10 +108,30 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_helper)
 
 
+def use_library(path: str) -> bool:
+    """Have large copies made by native/copy.c, in the library at ``path``, from now on.
+
+    False, and nothing changed, where it can't be loaded.
+    """
+    global _native
+    try:
+        copy = ctypes.CDLL(path).legion_copy
+    except (OSError, AttributeError):
+        return False
+    copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    shared = int(_cpus() > 1)
+
+    def native(dst: int, src: int, nbytes: int) -> None:
+        copy(dst, src, nbytes, shared)
+
+    _native = native
+    return True
+
+
 def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
     """Copy ``nbytes`` between two regions that don't overlap, without the GIL.
 
-    From `SPLIT_MIN_BYTES` on two threads share the work, where that has been the faster way lately.
+    From `SPLIT_MIN_BYTES` on two threads share the work, where that is the faster way.
     """
     if faults.hit is not None:
         half = nbytes // 2
@@ -114,6 +141,9 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
         return
     if nbytes < SPLIT_MIN_BYTES:
         ctypes.memmove(dst_address, src_address, nbytes)
+        return
+    if _native is not None:
+        _native(dst_address, src_address, nbytes)
         return
     started_s = time.perf_counter()
     chooser = _choosers.setdefault(nbytes.bit_length(), Chooser())

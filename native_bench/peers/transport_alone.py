@@ -21,7 +21,8 @@ from legion_shm.native_bench.peers.child import ChildSession, Link
 from legion_shm.native_bench.peers.zeromq import bare_address, bare_socket
 from legion_shm.transport.arena import Arena, Block
 from legion_shm.transport.attachments import Attachments
-from legion_shm.transport.copying import copy_memory
+from legion_shm.transport.born_build import library_path
+from legion_shm.transport.copying import copy_memory, use_library
 from legion_shm.transport.fdpass import SegmentReceiver, send_segment_fd
 from legion_shm.transport.handles import BlockHandle
 from legion_shm.transport.segment import Segment, attach_segment, create_segment, supported_kinds
@@ -44,6 +45,9 @@ class _ArenaLink(Link):
         self._arena = Arena(arena_id=2 if child else 1, grow=self._grow, quota_bytes=_QUOTA_BYTES)
         self._theirs = Attachments(on_missing=self._await)
         self._sent: Block | None = None
+        library, _ = library_path()
+        if library is not None:
+            use_library(str(library))
 
     def _grow(self, nbytes: int) -> tuple[int, Segment]:
         number = next(self._numbers)

@@ -10,8 +10,9 @@ import torch
 
 from legion_shm import Result, Supervisor, WorkerSpec
 from legion_shm.supervisor import spawn
+from legion_shm.transport import copying
 from legion_shm.transport.born_build import library_path
-from tests.reliability.support import do, hostile
+from tests.reliability.support import code_flow, do, hostile
 from tests.system.support import flow, only_worker, pid_of, spec, wait_for
 
 MIB = 1 << 20
@@ -52,6 +53,14 @@ def made_born(legion: Supervisor, fill: float, *, nbytes: int = SIZE, on: Worker
 def warm(legion: Supervisor, *, on: WorkerSpec | None = None) -> None:
     for _ in range(4):
         made_born(legion, 0.5, on=on)
+
+
+@pytest.mark.parametrize("born", ["auto", "off"])
+def test_large_copies_are_made_by_native_code_on_both_sides(legion: Supervisor, born: str) -> None:
+    look = code_flow("from legion_shm.transport import copying; out = copying._native is not None")
+    job = legion.submit(look, inputs=[None], spec=hostile(born_in_arena=born))
+    assert job.result(timeout=60)["output_1"] is True
+    assert copying._native is not None
 
 
 def test_what_a_node_makes_leaves_without_a_copy(legion: Supervisor) -> None:

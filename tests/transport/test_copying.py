@@ -4,18 +4,32 @@ import ctypes
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from legion_shm.helper_threads import HelperThreads
 from legion_shm.transport import copying
-from legion_shm.transport.copying import SPLIT_MIN_BYTES, Chooser, copy_memory
+from legion_shm.transport.born_build import library_path
+from legion_shm.transport.copying import SPLIT_MIN_BYTES, Chooser, copy_memory, use_library
 from tests import needs
+
+LIBRARY, _WHY_NOT = library_path()
+needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"there is no native code here: {_WHY_NOT}")
 
 
 @pytest.fixture(autouse=True)
 def nothing_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that was told of no library."""
     monkeypatch.setattr(copying, "_choosers", {})
+    monkeypatch.setattr(copying, "_native", None)
+
+
+@pytest.fixture(params=["Python's helper", pytest.param("native code", marks=needs_library)])
+def either_way(request: pytest.FixtureRequest) -> str:
+    if request.param == "native code":
+        assert use_library(str(LIBRARY))
+    return str(request.param)
 
 
 def buffers(nbytes: int) -> tuple[ctypes.Array[ctypes.c_ubyte], bytes]:
@@ -34,7 +48,7 @@ def copied(nbytes: int, shift: int = 0) -> bool:
 @pytest.mark.parametrize(
     "nbytes", [0, 1, 4097, SPLIT_MIN_BYTES - 1, SPLIT_MIN_BYTES, 5 * SPLIT_MIN_BYTES + 7]
 )
-def test_every_byte_arrives_and_none_beside(nbytes: int, shift: int) -> None:
+def test_every_byte_arrives_and_none_beside(either_way: str, nbytes: int, shift: int) -> None:
     assert copied(nbytes, shift)
 
 
@@ -73,7 +87,7 @@ def test_without_a_helper_the_caller_copies_alone(monkeypatch: pytest.MonkeyPatc
     assert copied(4 * SPLIT_MIN_BYTES)
 
 
-def test_many_threads_copy_at_once() -> None:
+def test_many_threads_copy_at_once(either_way: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(copied, [2 * SPLIT_MIN_BYTES + n for n in range(24)]))
 
@@ -102,13 +116,15 @@ def test_an_interrupt_waits_for_the_helpers_half(monkeypatch: pytest.MonkeyPatch
 
 @needs.fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_copies_with_a_helper_of_its_own() -> None:
+def test_a_forked_child_copies_with_a_helper_of_its_own(either_way: str) -> None:
     assert copied(2 * SPLIT_MIN_BYTES)
     child = os.fork()
     if child == 0:
         code = 1
         try:
             code = 0 if copied(2 * SPLIT_MIN_BYTES) else 1
+            if either_way == "native code" and len(os.listdir("/proc/self/task")) != 2:
+                code = 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -160,3 +176,81 @@ def test_a_copy_that_found_no_thread_is_not_done_later(monkeypatch: pytest.Monke
     helper.finish(copying_)
     assert other.value == b"stale"
     assert target.value == b""
+
+
+# --- native code ---------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_native_code_makes_the_large_copies_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert use_library(str(LIBRARY))
+    sizes: list[int] = []
+    real = copying._native
+    assert real is not None
+
+    def native(dst: int, src: int, nbytes: int) -> None:
+        sizes.append(nbytes)
+        real(dst, src, nbytes)
+
+    monkeypatch.setattr(copying, "_native", native)
+    assert copied(SPLIT_MIN_BYTES - 1)
+    assert copied(3 * SPLIT_MIN_BYTES)
+    assert sizes == [3 * SPLIT_MIN_BYTES]
+
+
+@needs_library
+@pytest.mark.parametrize("nbytes", [0, 1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (5 << 18) + 3])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_native_code_copies_any_size_and_says_whether_it_had_the_helper(nbytes: int, shared: int) -> None:
+    library = ctypes.CDLL(str(LIBRARY))
+    target, content = buffers(nbytes)
+    source = ctypes.create_string_buffer(content, nbytes or 1)
+    assert library.legion_copy(target, source, ctypes.c_size_t(nbytes), shared) == shared
+    assert bytes(target) == content + bytes(64)
+
+
+@needs_library
+def test_who_finds_the_native_helper_busy_copies_alone() -> None:
+    library = ctypes.CDLL(str(LIBRARY))
+    nbytes = 64 << 20
+
+    def work(number: int) -> set[int]:
+        source, target = (ctypes.create_string_buffer(nbytes) for _ in range(2))
+        ctypes.memset(source, number, nbytes)
+        helped: set[int] = set()
+        for _ in range(4):
+            ctypes.memset(target, 0, nbytes)
+            helped.add(library.legion_copy(target, source, ctypes.c_size_t(nbytes), 1))
+            assert ctypes.string_at(target, nbytes) == bytes([number]) * nbytes
+        return helped
+
+    with ThreadPoolExecutor(3) as pool:
+        assert set().union(*pool.map(work, (1, 2, 3))) == {0, 1}
+
+
+@needs_library
+def test_a_program_of_one_processor_does_not_ask_for_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_cpus", lambda: 1)
+    asked: list[int] = []
+
+    class Library:
+        @staticmethod
+        def legion_copy(dst: int, src: int, nbytes: int, shared: int) -> int:
+            asked.append(shared)
+            ctypes.memmove(dst, src, nbytes)
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: Library)
+    assert use_library("some.so")
+    assert copied(SPLIT_MIN_BYTES)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"])
+def test_a_library_that_can_not_be_loaded_changes_nothing(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "some.so"
+    if content is not None:
+        path.write_bytes(content)
+    assert not use_library(str(path))
+    assert copying._native is None
+    assert copied(2 * SPLIT_MIN_BYTES)

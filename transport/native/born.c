@@ -380,7 +380,7 @@ __attribute__((constructor)) static void start(void) {
 
 /* --- what Python calls -------------------------------------------------------------------------------- */
 
-EXPORT int legion_born_version(void) { return 2; }
+EXPORT int legion_born_version(void) { return 3; }
 
 /* Reserve addresses for all regions to come, once; 0, or an errno. */
 EXPORT int legion_born_reserve(uint64_t nbytes) {
