@@ -2,9 +2,10 @@
 
 Large copies are shared by two threads, which is up to twice as fast where a processor is idle and memory is
 faster than one of them. Where this process was told of the library of native code, its copy.c does that, and
-loses nothing where it is not so. Elsewhere a thread of Python's takes half of a copy; as that is slower where
-it does not pay, what copies of about that size took here lately decides. It knows nothing of tensors or of
-blocks, and never checks an address: its callers do.
+loses nothing where it is not so; it can also write past the caches. Elsewhere a thread of Python's takes half
+of a copy, which is slower where it does not pay. Whether to write past the caches, or to share, is decided by
+what copies of about that size took here lately. This module knows nothing of tensors or blocks, and never
+checks an address: its callers do.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class _Helper:
 
 
 class Chooser:
-    """Whether two threads are to share the next large copy: by the medians of the last copies of each kind.
+    """Whether the next large copy is to go the special way: by the medians of the last copies of each kind.
 
-    Both are tried in turns at first, and the one that is slower again in each ``every``-th copy.
+    Both ways are tried in turns at first, and the one that is slower again in each ``every``-th copy.
     """
 
     _LAST = 5
@@ -83,18 +84,19 @@ class Chooser:
         self._count = 0
         self._taken: tuple[deque[float], deque[float]] = (deque(maxlen=self._LAST), deque(maxlen=self._LAST))
 
-    def two(self) -> bool:
-        alone, shared = self._taken
+    def special(self) -> bool:
+        plain, special = self._taken
         self._count += 1
-        if len(alone) < self._LAST or len(shared) < self._LAST:
-            return len(shared) <= len(alone)
-        return (median(shared) <= median(alone)) != (self._count % self._every == 0)
+        if len(plain) < self._LAST or len(special) < self._LAST:
+            return len(special) <= len(plain)
+        return (median(special) <= median(plain)) != (self._count % self._every == 0)
 
-    def took(self, two: bool, nbytes: int, seconds: float) -> None:
-        self._taken[two].append(seconds / nbytes)
+    def took(self, special: bool, nbytes: int, seconds: float) -> None:
+        self._taken[special].append(seconds / nbytes)
 
 
-_native: Callable[[int, int, int], object] | None = None  # as memmove; gives up the GIL
+_Native = Callable[[int, int, int, bool], object]  # as memmove, and whether to write past the caches
+_native: _Native | None = None
 _helper = _Helper()
 _choosers: dict[int, Chooser] = {}  # by the size's bit length: where small copies lose, large ones may gain
 
@@ -118,11 +120,11 @@ def use_library(path: str) -> bool:
         copy = ctypes.CDLL(path).legion_copy
     except (OSError, AttributeError):
         return False
-    copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int)
     shared = int(_cpus() > 1)
 
-    def native(dst: int, src: int, nbytes: int) -> None:
-        copy(dst, src, nbytes, shared)
+    def native(dst: int, src: int, nbytes: int, streamed: bool) -> None:
+        copy(dst, src, nbytes, shared, streamed)
 
     _native = native
     return True
@@ -131,7 +133,7 @@ def use_library(path: str) -> bool:
 def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
     """Copy ``nbytes`` between two regions that don't overlap, without the GIL.
 
-    From `SPLIT_MIN_BYTES` on two threads share the work, where that is the faster way.
+    From `SPLIT_MIN_BYTES` on the way is taken that has been the faster one lately, of two threads or one.
     """
     if faults.hit is not None:
         half = nbytes // 2
@@ -142,15 +144,15 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
     if nbytes < SPLIT_MIN_BYTES:
         ctypes.memmove(dst_address, src_address, nbytes)
         return
-    if _native is not None:
-        _native(dst_address, src_address, nbytes)
-        return
     started_s = time.perf_counter()
     chooser = _choosers.setdefault(nbytes.bit_length(), Chooser())
-    two = chooser.two() and _copy_by_two(dst_address, src_address, nbytes)
-    if not two:
+    special = chooser.special()
+    if _native is not None:
+        _native(dst_address, src_address, nbytes, special)
+    elif not special or not _copy_by_two(dst_address, src_address, nbytes):
+        special = False
         ctypes.memmove(dst_address, src_address, nbytes)
-    chooser.took(two, nbytes, time.perf_counter() - started_s)
+    chooser.took(special, nbytes, time.perf_counter() - started_s)
 
 
 def _copy_by_two(dst_address: int, src_address: int, nbytes: int) -> bool:

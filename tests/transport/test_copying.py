@@ -133,7 +133,7 @@ def test_a_forked_child_copies_with_a_helper_of_its_own(either_way: str) -> None
 def _chosen(chooser: Chooser, seconds_of: dict[bool, float], copies: int) -> list[bool]:
     chosen: list[bool] = []
     for _ in range(copies):
-        two = chooser.two()
+        two = chooser.special()
         chooser.took(two, 1000, seconds_of[two])
         chosen.append(two)
     return chosen
@@ -188,9 +188,9 @@ def test_native_code_makes_the_large_copies_only(monkeypatch: pytest.MonkeyPatch
     real = copying._native
     assert real is not None
 
-    def native(dst: int, src: int, nbytes: int) -> None:
+    def native(dst: int, src: int, nbytes: int, streamed: bool) -> None:
         sizes.append(nbytes)
-        real(dst, src, nbytes)
+        real(dst, src, nbytes, streamed)
 
     monkeypatch.setattr(copying, "_native", native)
     assert copied(SPLIT_MIN_BYTES - 1)
@@ -199,14 +199,23 @@ def test_native_code_makes_the_large_copies_only(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_library
-@pytest.mark.parametrize("nbytes", [0, 1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (5 << 18) + 3])
+@pytest.mark.parametrize("nbytes", [0, 1, 130, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (5 << 18) + 3])
 @pytest.mark.parametrize("shared", [0, 1])
-def test_native_code_copies_any_size_and_says_whether_it_had_the_helper(nbytes: int, shared: int) -> None:
+@pytest.mark.parametrize("streamed", [0, 1])
+@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 7), (63, 63)])
+def test_native_code_copies_any_size_and_says_whether_it_had_the_helper(
+    nbytes: int, shared: int, streamed: int, shifts: tuple[int, int]
+) -> None:
     library = ctypes.CDLL(str(LIBRARY))
+    to, since = shifts
     target, content = buffers(nbytes)
-    source = ctypes.create_string_buffer(content, nbytes or 1)
-    assert library.legion_copy(target, source, ctypes.c_size_t(nbytes), shared) == shared
-    assert bytes(target) == content + bytes(64)
+    source = ctypes.create_string_buffer(bytes(since) + content, since + nbytes + 1)
+    addresses = (
+        ctypes.c_void_p(ctypes.addressof(target) + to),
+        ctypes.c_void_p(ctypes.addressof(source) + since),
+    )
+    assert library.legion_copy(*addresses, ctypes.c_size_t(nbytes), shared, streamed) == shared
+    assert bytes(target) == bytes(to) + content + bytes(64 - to)
 
 
 @needs_library
@@ -220,7 +229,7 @@ def test_who_finds_the_native_helper_busy_copies_alone() -> None:
         helped: set[int] = set()
         for _ in range(4):
             ctypes.memset(target, 0, nbytes)
-            helped.add(library.legion_copy(target, source, ctypes.c_size_t(nbytes), 1))
+            helped.add(library.legion_copy(target, source, ctypes.c_size_t(nbytes), 1, number % 2))
             assert ctypes.string_at(target, nbytes) == bytes([number]) * nbytes
         return helped
 
@@ -235,7 +244,7 @@ def test_a_program_of_one_processor_does_not_ask_for_help(monkeypatch: pytest.Mo
 
     class Library:
         @staticmethod
-        def legion_copy(dst: int, src: int, nbytes: int, shared: int) -> int:
+        def legion_copy(dst: int, src: int, nbytes: int, shared: int, streamed: int) -> int:
             asked.append(shared)
             ctypes.memmove(dst, src, nbytes)
             return 0

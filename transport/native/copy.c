@@ -6,7 +6,9 @@
  * meanwhile, are made by their own threads alone.
  *
  * Pieces are small enough for the C library to copy them as it copies what fits a processor's cache, which is
- * faster than its way with large regions (glibc on AMD). Nothing here knows of Python.
+ * faster than its way with large regions (glibc on AMD). Or they are streamed: written past the caches. Which of
+ * the two is faster depends on the machine and the size, and is for the caller to find out. Nothing here knows
+ * of Python.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -18,9 +20,13 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define PIECE ((size_t)256 << 10)
+#define LINE ((size_t)64)
 #define SPINS 2000
 
 /* The first version of the symbol, so that what was built here also runs with older C libraries. */
@@ -39,6 +45,7 @@ static struct {
     char *to;
     const char *from;
     size_t bytes;
+    int streamed;
     _Atomic size_t taken;
 } work; /* written while nobody else is inside */
 
@@ -52,10 +59,37 @@ static void wake(_Atomic int *word)
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
-static void copy_piece(char *to, const char *from, size_t bytes, size_t at)
+#if defined(__SSE2__)
+static void stream(char *to, const char *from, size_t bytes)
 {
-    size_t left = bytes - at;
-    memcpy(to + at, from + at, left < PIECE ? left : PIECE);
+    size_t at = -(uintptr_t)to & (LINE - 1);
+    if (at > bytes)
+        at = bytes;
+    memcpy(to, from, at);
+    for (; at + LINE <= bytes; at += LINE) {
+        const __m128i *source = (const __m128i *)(from + at);
+        __m128i *target = (__m128i *)(to + at);
+        __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
+        __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+        _mm_stream_si128(target, a);
+        _mm_stream_si128(target + 1, b);
+        _mm_stream_si128(target + 2, c);
+        _mm_stream_si128(target + 3, d);
+    }
+    memcpy(to + at, from + at, bytes - at);
+    _mm_sfence(); /* before anybody is told */
+}
+#else
+#define stream memcpy
+#endif
+
+static void copy_piece(char *to, const char *from, size_t bytes, size_t at, int streamed)
+{
+    size_t left = bytes - at, size = left < PIECE ? left : PIECE;
+    if (streamed)
+        stream(to + at, from + at, size);
+    else
+        memcpy(to + at, from + at, size);
 }
 
 static void take_pieces(void)
@@ -64,7 +98,7 @@ static void take_pieces(void)
         size_t at = atomic_fetch_add(&work.taken, PIECE);
         if (at >= work.bytes)
             return;
-        copy_piece(work.to, work.from, work.bytes, at);
+        copy_piece(work.to, work.from, work.bytes, at, work.streamed);
     }
 }
 
@@ -113,11 +147,11 @@ static int start_helper(void)
     return started;
 }
 
-static int copy_with_help(char *to, const char *from, size_t bytes)
+static int copy_with_help(char *to, const char *from, size_t bytes, int streamed)
 {
     if (!started && !start_helper())
         return 0;
-    work.to = to, work.from = from, work.bytes = bytes;
+    work.to = to, work.from = from, work.bytes = bytes, work.streamed = streamed;
     atomic_store(&work.taken, 0);
     atomic_store(&open_to_help, 1);
     atomic_fetch_add(&posted, 1);
@@ -132,14 +166,14 @@ static int copy_with_help(char *to, const char *from, size_t bytes)
 }
 
 /* Copy between regions that don't overlap, `shared`: by two threads where possible. Whether it was. */
-EXPORT int legion_copy(char *to, const char *from, size_t bytes, int shared)
+EXPORT int legion_copy(char *to, const char *from, size_t bytes, int shared, int streamed)
 {
     int helped = 0;
     if (shared && !atomic_exchange(&busy, 1)) {
-        helped = copy_with_help(to, from, bytes);
+        helped = copy_with_help(to, from, bytes, streamed);
         atomic_store(&busy, 0);
     }
     for (size_t at = helped ? bytes : 0; at < bytes; at += PIECE)
-        copy_piece(to, from, bytes, at);
+        copy_piece(to, from, bytes, at, streamed);
     return helped;
 }
