@@ -286,7 +286,9 @@ def environment_with(env: Mapping[str, str]) -> dict[str, str]:
 
 def worker_environment(env: Mapping[str, str], preload: str = "") -> dict[str, str]:
     """All that a worker with ``env`` in its spec is executed with; ``preload`` as `preload_for` gives it."""
-    own = with_tunables(environment_with(env))
+    own = environment_with(env)
+    if library_path()[0] is None:
+        own = with_tunables(own)
     without_launch(own)
     return with_preload(own, preload) if preload else own
 

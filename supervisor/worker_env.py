@@ -3,8 +3,8 @@
 Owns the merging of glibc's tunables and of what is preloaded. It changes no variable's meaning for the user:
 what the environment or `WorkerSpec.env` says already stays.
 
-`legion launch` gives a program the same, and notes in `LAUNCHED` which library it preloaded: whatever else
-that program starts inherits both, workers get their own.
+`legion launch` has the same preloaded for a program, and notes in `LAUNCHED` which library that was: whatever
+else that program starts inherits it, workers get their own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LAUNCHED = "LEGION_LAUNCHED"
 """The variable that holds the path of the library that `legion launch` had preloaded."""
 
 NON_TEMPORAL_BYTES = 0x200000
-"""From this size on memcpy bypasses the cache. glibc's own threshold grows with the shared cache, and can
-exceed every tensor. Raw copies of 25 MB into a warm memfd, on a noisy machine, took medians of 1.7, 1.6 and
-2.5 ms by glibc's own, of 1.3, 1.5 and 1.2 ms by this one; whole transfers were not compared."""
+"""From this size on memcpy is to bypass the cache where we have no native code, whose copies choose by
+themselves. glibc's own threshold grows with the shared cache, and can exceed every tensor. Nodes' own copies
+may become slower by it (docs/performance.md)."""
 
 _TUNABLE = "glibc.cpu.x86_non_temporal_threshold"
 
@@ -81,7 +81,7 @@ def launch_environment(env: Mapping[str, str], library: str) -> dict[str, str]:
     """
     plain = dict(env)
     without_launch(plain)
-    return {**with_preload(with_tunables(plain), library), LAUNCHED: library}
+    return {**with_preload(plain, library), LAUNCHED: library}
 
 
 def without_launch(env: MutableMapping[str, str]) -> None:

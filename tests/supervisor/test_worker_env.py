@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import pytest
 
-from legion_shm.supervisor import worker_env
+from legion_shm.supervisor import spawn, worker_env
+from legion_shm.supervisor.spawn import worker_environment
 from legion_shm.supervisor.worker_env import with_tunables
 
 THRESHOLD = "glibc.cpu.x86_non_temporal_threshold"
@@ -34,3 +36,12 @@ def test_elsewhere_nothing_is_added(monkeypatch: pytest.MonkeyPatch, machine: st
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(worker_env, "runs_on_glibc", lambda: libc)
     assert with_tunables({"A": "1"}) == {"A": "1"}
+
+
+@pytest.mark.parametrize("library", [Path("/some/born.so"), None])
+def test_workers_get_it_only_where_there_is_no_native_code_to_copy(
+    monkeypatch: pytest.MonkeyPatch, library: Path | None
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(spawn, "library_path", lambda: (library, ""))
+    assert (THRESHOLD in worker_environment({}).get("GLIBC_TUNABLES", "")) == (library is None)
