@@ -69,5 +69,5 @@ def test_what_is_refused_says_what_to_do(found: dict[str, Any]) -> None:
 
 def test_values_of_all_types_nested_at_random_arrive_as_they_were(found: dict[str, Any]) -> None:
     assert found["nested"]["wrong"] == []
-    assert found["nested"]["cases"] >= 200
+    assert found["nested"]["cases"] >= 1000
     assert found["nested"]["of"] > 100

@@ -168,7 +168,7 @@ def main(results: Path, comfyui: str, arguments: tuple[str, ...]) -> None:
             rows.append(row)
             if row["outcome"] == "exact" and row["seconds"] < _LIGHT_S:
                 light.append(value)
-        cases, wrong = int(os.environ.get("LEGION_VALUE_EXAMPLES", "200")), []
+        cases, wrong = int(os.environ.get("LEGION_VALUE_EXAMPLES", "1000")), []
         for case in range(cases):
             _KEPT.clear()
             value = nesting.nested(random.Random(case), light)

@@ -1,6 +1,6 @@
 """Generated values of every kind, through a worker and back: the same to the bit.
 
-``LEGION_VALUE_EXAMPLES`` sets how many; thousands take a minute or two.
+``LEGION_VALUE_EXAMPLES`` sets how many.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.transport.codec_values import Sample, assert_same, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-EXAMPLES = int(os.environ.get("LEGION_VALUE_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("LEGION_VALUE_EXAMPLES", "2000"))
 SPEC = spec(codec_modules=[__name__])
 
 
@@ -68,6 +68,7 @@ def parts(kind: str, value: Any) -> list[Any]:
     return list(value) if kind in ("pair", "deque") else [value]
 
 
+@pytest.mark.timeout(600)
 def test_generated_values_go_through_a_worker_and_come_back_the_same() -> None:
     with Supervisor() as legion:
 
