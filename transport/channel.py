@@ -84,6 +84,11 @@ class _KnownKeys:
         return key in self.keys
 
 
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
+"""After a frame was handed to ZeroMQ: its thread has been woken, often on this very processor though another
+idles (a virtual one that halts counts as taken), and would wait there until we have nothing more to do."""
+
+
 class ServerChannel:
     """The supervisor's end. ``dropped`` counts frames of unknown identities and ill-formed ones."""
 
@@ -252,6 +257,7 @@ class ServerChannel:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
             raise
+        _yield()
         return True
 
     def close(self) -> None:
@@ -297,6 +303,7 @@ class ClientChannel:
             self._socket.send(frame, 0, copy=True)
         except zmq.Again:
             raise ProtocolError("the supervisor has stopped reading this worker's messages") from None
+        _yield()
 
     def receive(self, timeout_s: float | None) -> bytes | None:
         """The next frame; None after the timeout, or when a watched descriptor became readable."""

@@ -16,6 +16,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import ProtocolError, StartupError
+from legion_shm.transport import channel
 from legion_shm.transport.channel import ChannelKind, ClientChannel, Endpoint, ServerChannel, channel_kinds
 from tests import needs
 
@@ -105,6 +106,17 @@ def test_frames_go_both_ways(rig: Rig) -> None:
     assert one.receive(0) is None
     assert rig.server.receive() is None
     assert rig.server.dropped == 0
+
+
+def test_who_has_sent_a_frame_lets_zeromqs_thread_run(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = rig.connected(A)
+    turns: list[str] = []
+    monkeypatch.setattr(channel, "_yield", lambda: turns.append("a turn"))
+    client.send(b"one")
+    assert turns == ["a turn"]
+    assert rig.server.send(A, b"two")
+    assert turns == ["a turn"] * 2
+    assert (rig.receive(), client.receive(10)) == ((A, b"one"), b"two")
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 65535, 65536, MAX_BYTES])
