@@ -142,8 +142,7 @@ class _Host:
         self._prompts: dict[bytes, Workflow] = {}
         self._stopping = False
         self._pid = os.getpid()
-        self._frees_wanted = 0
-        self._waiting: deque[RunJob] = deque()
+        self._waiting: deque[RunJob | Free] = deque()  # in the order in which they came
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -176,7 +175,7 @@ class _Host:
         if isinstance(message, Stop):
             self._stopping = True
         elif isinstance(message, Free):
-            self._frees_wanted += 1
+            self._waiting.append(message)
         elif isinstance(message, RunJob):
             self._memory.freed(message.freed)
             self._waiting.append(message)
@@ -231,18 +230,17 @@ class _Host:
     def serve(self) -> None:
         while not self._stopping:
             if self._waiting:
+                message = self._waiting.popleft()
+                if isinstance(message, Free):
+                    free = self._require_engine().free
+                    self._send(Freed(*measured(free, self._memory.give_up_unused)))
+                    continue
                 started_s = monotonic_s()
-                self._run(self._waiting.popleft())
+                self._run(message)
                 ended_s = monotonic_s()
                 self._memory.make_room()
                 self._heap.used(ended_s, ended_s - started_s)
                 continue
-            if self._frees_wanted:
-                asked, self._frees_wanted = self._frees_wanted, 0
-                free = self._require_engine().free
-                freed = Freed(*measured(free, self._memory.give_up_unused))
-                for _ in range(asked):
-                    self._send(freed)
             forgotten = self._memory.take_forgotten()
             if forgotten:
                 self._require_engine().forget(forgotten)
