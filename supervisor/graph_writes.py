@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, cast
@@ -36,8 +37,11 @@ _ALIGN = 64
 """What torch aligns its memory to; dividable by the size of every item."""
 
 
-_memcmp = (ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)).memcmp
-_memcmp.argtypes, _memcmp.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+@functools.cache
+def _memcmp() -> Any:
+    compare = (ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)).memcmp
+    compare.argtypes, compare.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    return compare
 
 
 class PrivateViews(Protocol):
@@ -146,7 +150,7 @@ class _Lent:
             return may_be_written(self.own.data_ptr(), self._nbytes)
         if self._source.nbytes() < self._low + self._nbytes:
             return True
-        return bool(_memcmp(self._source.data_ptr() + self._low, self.own.data_ptr(), self._nbytes))
+        return bool(_memcmp()(self._source.data_ptr() + self._low, self.own.data_ptr(), self._nbytes))
 
 
 def _layout(tensor: Any) -> tuple[object, ...]:
