@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import zmq
 from zmq.auth.base import Authenticator
 
+from legion_shm.clock import monotonic_s
 from legion_shm.errors import ProtocolError, StartupError
 
 __all__ = ["ChannelKind", "ClientChannel", "Endpoint", "ServerChannel", "channel_kinds", "check_descriptors"]
@@ -84,9 +85,33 @@ class _KnownKeys:
         return key in self.keys
 
 
-_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
-"""After a frame was handed to ZeroMQ: its thread has been woken, often on this very processor though another
-idles (a virtual one that halts counts as taken), and would wait there until we have nothing more to do."""
+class _Yield:
+    """Gives up the processor after a frame was handed to ZeroMQ.
+
+    Its thread has been woken, often on this very processor though another idles (a virtual one that halts
+    counts as taken), and would wait there until we have nothing more to do.
+
+    Where that gave the processor to others for long, this one is busy, and nothing is given up for a while.
+    """
+
+    LONG_S = 0.0003
+    REST_S = 5.0
+
+    def __init__(self, give_up: Callable[[], object]) -> None:
+        self._give_up = give_up
+        self._not_before_s = 0.0
+
+    def __call__(self) -> None:
+        started_s = monotonic_s()
+        if started_s < self._not_before_s:
+            return
+        self._give_up()
+        ended_s = monotonic_s()
+        if ended_s - started_s > self.LONG_S:
+            self._not_before_s = ended_s + self.REST_S
+
+
+_yield = _Yield(getattr(os, "sched_yield", lambda: None))
 
 
 class ServerChannel:

@@ -108,6 +108,27 @@ def test_frames_go_both_ways(rig: Rig) -> None:
     assert rig.server.dropped == 0
 
 
+def test_on_a_busy_processor_nothing_is_given_up_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, turns = [100.0], [0]
+
+    def give_up(takes_s: float) -> None:
+        turns[0] += 1
+        now[0] += takes_s
+
+    monkeypatch.setattr(channel, "monotonic_s", lambda: now[0])
+    quick = channel._Yield(lambda: give_up(0.00001))
+    slow = channel._Yield(lambda: give_up(0.004))
+    for _ in range(3):
+        quick()
+    assert turns == [3]
+    for _ in range(3):
+        slow()
+    assert turns == [4]
+    now[0] += channel._Yield.REST_S
+    slow()
+    assert turns == [5]
+
+
 def test_who_has_sent_a_frame_lets_zeromqs_thread_run(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     client = rig.connected(A)
     turns: list[str] = []
