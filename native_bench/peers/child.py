@@ -186,15 +186,26 @@ def _serve(make_link: Callable[..., Link], arguments: tuple[Any, ...], control: 
 
 @contextlib.contextmanager
 def blocked_interrupts() -> Generator[None]:
-    """What starts inside never sees Ctrl-C, which a terminal sends to children too: we end them ourselves."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """What starts inside never sees Ctrl-C, which a terminal sends to children too: we end them ourselves.
+
+    Nor does Ctrl-C end the start half-way, which would leave the child waiting for the rest of its orders:
+    one that comes meanwhile counts when the block is left. (A mask alone is this thread's; another may take
+    the signal, and Python then interrupts this one.)
+    """
+    came: list[int] = []
+    here = threading.current_thread() is threading.main_thread()  # no other is interrupted
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if here else None
+    masks = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if here:
+            signal.signal(signal.SIGINT, handler if handler is not None else signal.default_int_handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def die_with_parent() -> None:

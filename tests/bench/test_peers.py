@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -18,6 +21,7 @@ from legion_shm.native_bench.measure import (
 from legion_shm.native_bench.payload import Order, Use, expected_use, make, problem_of, use, use_by_torch
 from legion_shm.native_bench.peers import all_peers, base
 from legion_shm.native_bench.peers.base import Peer, Responder, Seen, Session
+from legion_shm.native_bench.peers.child import blocked_interrupts
 from legion_shm.native_bench.run import choose_peers
 from legion_shm.native_bench.schedule import Size
 from tests import needs
@@ -55,6 +59,35 @@ def test_every_way_carries_a_tensor_there_and_back_and_finds_a_spoiled_answer() 
     ours = [peer.name for peer in choose_peers(["ours"]) if not peer.missing()]
     assert len(ours) >= (5 if needs.WINDOWS else 6), "without descriptors legion-transport is not there"
     carry([*LOCAL, *some, *ours])
+
+
+@pytest.mark.skipif(needs.WINDOWS, reason="Windows has no signal for one thread")
+@pytest.mark.parametrize("by_another_thread", [False, True])
+def test_ctrl_c_while_a_process_starts_counts_once_it_has_started(by_another_thread: bool) -> None:
+    """Half started, a child would print a traceback. Any thread may be the one that takes the signal."""
+    idle = threading.Event()
+    other = threading.Thread(target=idle.wait)
+    other.start()
+    taker = (other if by_another_thread else threading.main_thread()).ident
+    assert taker is not None
+    started = False
+
+    def start() -> None:
+        nonlocal started
+        with blocked_interrupts():
+            signal.pthread_kill(taker, signal.SIGINT)
+            time.sleep(0.05)
+            started = True
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert started
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        idle.set()
+        other.join()
 
 
 needs_gpu = pytest.mark.skipif(bool(gpu_reason()), reason="needs a CUDA device that torch can use")
