@@ -74,13 +74,15 @@ class _Helper:
 class Chooser:
     """Whether the next large copy is to go the special way: by the medians of the last copies of each kind.
 
-    Both ways are tried in turns at first, and the one that is slower again in each ``every``-th copy.
+    Both ways are tried in turns at first, and later the one that is not chosen in each ``every``-th copy.
+    The special way has to take less than ``at_most`` times as long as the plain one.
     """
 
     _LAST = 5
 
-    def __init__(self, every: int = 24) -> None:
+    def __init__(self, every: int = 12, at_most: float = 1.0) -> None:
         self._every = every
+        self._at_most = at_most
         self._count = 0
         self._taken: tuple[deque[float], deque[float]] = (deque(maxlen=self._LAST), deque(maxlen=self._LAST))
 
@@ -89,11 +91,14 @@ class Chooser:
         self._count += 1
         if len(plain) < self._LAST or len(special) < self._LAST:
             return len(special) <= len(plain)
-        return (median(special) <= median(plain)) != (self._count % self._every == 0)
+        return (median(special) < self._at_most * median(plain)) != (self._count % self._every == 0)
 
     def took(self, special: bool, nbytes: int, seconds: float) -> None:
         self._taken[special].append(seconds / nbytes)
 
+
+_STREAMED_AT_MOST = 0.85
+"""What was written past the caches is not there for the receiver, nor for whoever tells it: that must pay."""
 
 _Native = Callable[[int, int, int, bool], object]  # as memmove, and whether to write past the caches
 _native: _Native | None = None
@@ -127,6 +132,7 @@ def use_library(path: str) -> bool:
         copy(dst, src, nbytes, shared, streamed)
 
     _native = native
+    _choosers.clear()
     return True
 
 
@@ -145,7 +151,7 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
         ctypes.memmove(dst_address, src_address, nbytes)
         return
     started_s = time.perf_counter()
-    chooser = _choosers.setdefault(nbytes.bit_length(), Chooser())
+    chooser = _chooser_of(nbytes)
     special = chooser.special()
     if _native is not None:
         _native(dst_address, src_address, nbytes, special)
@@ -153,6 +159,14 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
         special = False
         ctypes.memmove(dst_address, src_address, nbytes)
     chooser.took(special, nbytes, time.perf_counter() - started_s)
+
+
+def _chooser_of(nbytes: int) -> Chooser:
+    chooser = _choosers.get(nbytes.bit_length())
+    if chooser is None:
+        chooser = Chooser(at_most=1.0 if _native is None else _STREAMED_AT_MOST)
+        _choosers[nbytes.bit_length()] = chooser
+    return chooser
 
 
 def _copy_by_two(dst_address: int, src_address: int, nbytes: int) -> bool:

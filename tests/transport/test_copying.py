@@ -145,6 +145,22 @@ def test_the_faster_way_to_copy_is_taken_and_the_other_is_tried_again_now_and_th
     assert chosen[10:].count(True) == 10
 
 
+def test_what_costs_others_something_is_chosen_only_where_it_gains_enough() -> None:
+    chooser = Chooser(every=1000, at_most=0.85)
+    assert not any(_chosen(chooser, {False: 1.0, True: 0.9}, 40)[10:])
+    assert _chosen(chooser, {False: 1.2, True: 0.9}, 2000)[-1]
+
+
+@needs_library
+def test_streaming_has_to_gain_and_a_second_thread_has_not() -> None:
+    assert copied(SPLIT_MIN_BYTES)
+    assert [each._at_most for each in copying._choosers.values()] == [1.0]
+    assert use_library(str(LIBRARY))
+    assert copying._choosers == {}, "what Python's helper took says nothing of native code"
+    assert copied(SPLIT_MIN_BYTES)
+    assert [each._at_most for each in copying._choosers.values()] == [copying._STREAMED_AT_MOST]
+
+
 def test_each_size_has_a_choice_of_its_own() -> None:
     for nbytes in (SPLIT_MIN_BYTES, 4 * SPLIT_MIN_BYTES, 4 * SPLIT_MIN_BYTES + 1):
         assert copied(nbytes)
