@@ -4,6 +4,7 @@ import enum
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,12 @@ def test_a_decoded_bytearray_is_the_receivers_own(store: FakeStore) -> None:
 
 # --- numpy ---------------------------------------------------------------------------------------------
 
+
+with warnings.catch_warnings():  # numpy 2.5 deprecates the lack of a unit; there are such values
+    warnings.simplefilter("ignore", DeprecationWarning)
+    NO_UNIT = np.array(["NaT"], "M8")
+    NO_TIME = np.timedelta64("NaT")
+
 ARRAYS: dict[str, Any] = {
     "0-d": np.array(7, "<i2"),
     "empty": np.empty((0, 3), ">f8"),
@@ -186,7 +193,7 @@ ARRAYS: dict[str, Any] = {
     "texts of no length": np.ndarray((3,), "U0", buffer=bytearray(1)),
     "void": np.array([b"abc"], "V3"),
     "datetime": np.array(["2020-01-01", "NaT"], "M8[25s]"),
-    "datetime without unit": np.array(["NaT"], "M8"),
+    "datetime without unit": NO_UNIT,
     "timedelta": np.array([1, -1], ">m8[ns]"),
     "long long": np.arange(3, dtype=np.longlong),
     "structure": np.array([(1, 2.5, "x")], [("a", "<i4"), ("b", ">f8"), ("c", "U3")]),
@@ -263,7 +270,7 @@ def test_a_read_only_array_stays_read_only() -> None:
         np.bool_(True),
         np.complex64(1 - 2j),
         np.datetime64("2020-01-01T00:00", ("s", 25)),
-        np.timedelta64("NaT"),
+        NO_TIME,
         np.str_("nul at the end\0"),
         np.bytes_(b"nul at the end\0"),
         np.void(b"abc"),
