@@ -97,13 +97,18 @@ def _give_up_stdout() -> None:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="`legion COMMAND --help` explains a command. "
     "Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.",
+    invoke_without_command=True,
 )
 @click.version_option(__version__, "-V", "--version", message="legion %(version)s")
-def _legion() -> None:
+@click.pass_context
+def _legion(context: click.Context) -> None:
     """Run ComfyUI workflows and node graphs in worker processes.
 
     Tensors cross to the worker and back through shared memory.
     """
+    if context.invoked_subcommand is None:  # what click does of itself depends on its release
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

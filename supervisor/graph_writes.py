@@ -189,7 +189,11 @@ def _copied(slots: Collection[Slot], views: PrivateViews | None) -> Iterator[_Le
 def _cloned(tensor: Any) -> Any:
     try:
         return tensor.clone()
-    except NotImplementedError:  # a dtype that torch can hold and not copy, such as int4
+    except RuntimeError as error:  # a dtype that torch can hold and not copy, such as int4
+        if not isinstance(error, NotImplementedError) and "not implemented" not in str(
+            error
+        ):  # torch 2.4's words
+            raise
         return None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from legion_shm.errors import JobFailed
 from tests.engine.graph_harness import engine_with, node, node_class
 
 ARRAYS: dict[str, Callable[[], Any]] = {
@@ -64,6 +65,34 @@ def test_a_gapped_array_reaches_a_node_dense(make: Callable[[], Any]) -> None:
     given, _ = shown_to_a_node(kept)
     assert given.flags.c_contiguous
     assert given.tobytes() == kept.tobytes()
+
+
+@pytest.mark.parametrize(
+    "refusal", [NotImplementedError("copy_"), RuntimeError("\"copy_kernel\" not implemented for 'UInt1'")]
+)
+def test_what_torch_cannot_copy_is_copied_by_bytes_whatever_torch_says(
+    monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    """The one in newer releases, the other in torch 2.4."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise refusal
+
+    kept = torch.arange(16)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "clone", refuse)
+        given, _ = shown_to_a_node(kept)
+    assert given.tolist() == list(range(16))
+    assert given.data_ptr() != kept.data_ptr()
+
+
+def test_a_copy_that_fails_otherwise_fails_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(torch.Tensor, "clone", fail)
+    with pytest.raises(JobFailed, match="not enough memory"):
+        shown_to_a_node(torch.arange(16))
 
 
 @pytest.mark.parametrize("count", [16, 1 << 20])
