@@ -328,7 +328,12 @@ def test_the_program_takes_the_place_of_the_command() -> None:
     script = "grep SigIgn /proc/self/status; kill -TERM $$"
     plain = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
     done = command("sh", "-c", script)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, plain.stdout)
+    assert (done.returncode, ignored(done)) == (-signal.SIGTERM, ignored(plain))
+
+
+def ignored(shown: subprocess.CompletedProcess[str]) -> int:
+    """A mask of the signals, without the C library's own 32 and 33, which Python 3.13 ignores as a child."""
+    return int(shown.stdout.split()[1], 16) & ~(0b11 << 31)
 
 
 def test_its_environment_says_what_was_done_and_keeps_the_users() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -133,6 +134,9 @@ def test_a_program_whose_folder_is_gone_still_has_workers(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend("")
     folder.rmdir()
+    alone = subprocess.run([sys.executable, "-c", "import socket"], capture_output=True, timeout=60)
+    if alone.returncode:
+        pytest.skip("this Python imports nothing with -c where its folder is gone (seen with 3.13.0)")
     with Supervisor() as legion:
         assert run(legion, "TestPass", 1) == 1
 
