@@ -297,6 +297,10 @@ class Supervisor:
         """A copy of a tensor in shared memory, contiguous, on the CPU: copied once, submitted for free."""
         if not hasattr(tensor, "untyped_storage"):
             raise UnsupportedValue(f"share: a {type(tensor).__name__} is not a torch tensor", path="tensor")
+        if tensor.is_quantized:
+            raise UnsupportedValue(
+                "share: this tensor is quantized; share .dequantize(), or .int_repr()", path="tensor"
+            )
         shared = self.empty(tuple(tensor.shape), tensor.dtype)
         shared.copy_(tensor.detach())
         return shared

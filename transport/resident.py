@@ -18,7 +18,7 @@ def resident_tensor(
     """An uninitialized, contiguous CPU tensor over ``buffer_of(nbytes)``, a writable buffer.
 
     ``dtype`` defaults to torch's default dtype. A tensor without elements needs no buffer. TypeError for
-    what is no shape or no dtype.
+    what is no shape or no dtype, and for a quantized one.
     """
     sizes = tuple(operator.index(size) for size in shape)
     if any(size < 0 for size in sizes):
@@ -26,6 +26,8 @@ def resident_tensor(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not isinstance(cast("object", dtype), torch.dtype):
         raise TypeError(f"dtype: expected one of torch's, such as torch.float32, got {dtype!r}")
+    if str(dtype).startswith("torch.q"):  # torch.frombuffer with one ends the process
+        raise TypeError(f"dtype: {dtype} is quantized and needs scales beside its memory; use torch.int8, say")
     nbytes = math.prod(sizes) * dtype.itemsize
     if not nbytes:
         return torch.empty(sizes, dtype=dtype, device="cpu")

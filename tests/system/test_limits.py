@@ -19,6 +19,7 @@ from legion_shm import (
     Supervisor,
     SupervisorClosed,
     UnsupportedValue,
+    UnsupportedValue,
 )
 from tests.system.support import Gate, flow, only_worker, run, spec, wait_for
 
@@ -246,3 +247,14 @@ def test_what_is_of_another_type_is_refused_by_name(legion: Supervisor) -> None:
     half: Any = (2.5,)
     with pytest.raises(TypeError):
         legion.empty(half)
+
+
+def test_quantized_tensors_are_refused_in_shared_memory(legion: Supervisor) -> None:
+    for dtype in (torch.quint8, torch.qint8, torch.qint32):
+        with pytest.raises(TypeError, match="quantized"):
+            legion.empty((2,), dtype)
+    with pytest.warns(UserWarning, match="quantize"):
+        quantized = torch.quantize_per_tensor(torch.ones(3), 0.5, 0, torch.quint8)
+    with pytest.raises(UnsupportedValue, match="quantized"):
+        legion.share(quantized)
+    assert torch.equal(legion.share(quantized.int_repr()), torch.full((3,), 2, dtype=torch.uint8))
