@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from legion_shm.clock import monotonic_s
-from legion_shm.errors import InvalidHandle
+from legion_shm.errors import InvalidHandle, MessageTooLarge
 from legion_shm.supervisor.engine import Engine
 from legion_shm.supervisor.host_reports import REPORT_INTERVAL_S
 from legion_shm.supervisor.spawn import HostConfig
@@ -48,6 +48,7 @@ class ControlThread(threading.Thread):
         self._failure: BaseException | None = None
         self.engine: Engine | None = None
         self.busy_job = ""
+        self.beats = 0
 
     def begin(self, job: str) -> None:
         """From the main thread, at a job's begin: what its nodes report must not wait for a slow beat."""
@@ -101,18 +102,19 @@ class ControlThread(threading.Thread):
             channel.send(encode_message(message, max_bytes=config.max_message_bytes))
 
         channel.watch(self._wake.fd)
-        process = psutil.Process()
+        process, rss = psutil.Process(), 0
         try:
             send(Hello(config.worker, config.token, "control", os.getpid()))
             self._greeted.set()
-            next_beat_s, beats = monotonic_s(), 0
+            next_beat_s = monotonic_s()
             while not self._stop_wanted.is_set():
                 now = monotonic_s()
                 if now >= next_beat_s:
-                    beats += 1
+                    self.beats += 1
                     next_beat_s = now + config.heartbeat_interval_s
-                    rss = process.memory_info().rss
-                    send(Heartbeat(beats, rss, self._memory.arena_bytes(), self.busy_job))
+                    with contextlib.suppress(OSError, psutil.Error):  # a node has used up the descriptors
+                        rss = process.memory_info().rss
+                    send(Heartbeat(self.beats, rss, self._memory.arena_bytes(), self.busy_job))
                 frame = channel.receive(min(next_beat_s - now, self._pace_s(now)))
                 self._wake.clear()
                 if self.busy_job:
@@ -139,7 +141,8 @@ class ControlThread(threading.Thread):
 
     def _flush(self, send: Any) -> None:
         while self._posted:
-            send(self._posted.popleft())
+            with contextlib.suppress(MessageTooLarge):  # its thread has gone on, and nobody else is to blame
+                send(self._posted.popleft())
         self.flush_logs(send)
 
     def _take(self, message: Message) -> None:

@@ -38,6 +38,7 @@ __all__ = ["REPORT_INTERVAL_S", "Events", "LogHandler", "failure_reply"]
 
 REPORT_INTERVAL_S = 0.02  # fifty bars a second is more than anyone sees
 _LOG_TEXT_MAX = 8192
+_LOG_NAME_MAX = 256
 _LOGS_AT_ONCE = 10_000
 _LOGS_A_SECOND = 1_000  # a flood of them would cost every job of the supervisor
 _PREVIEW_SIDE = 512
@@ -67,7 +68,7 @@ def failure_reply(message: RunJob, error: BaseException) -> JobFailedReply:
         message.attempt,
         kind,
         str(error) if isinstance(error, LegionError) else f"{type(error).__name__}: {error}",
-        getattr(error, "node_id", None),
+        _id(getattr(error, "node_id", None)),
         None,
         f"{type(error).__module__}.{type(error).__qualname__}",
         str(error),
@@ -76,6 +77,11 @@ def failure_reply(message: RunJob, error: BaseException) -> JobFailedReply:
         tuple(error.problems) if isinstance(error, InvalidWorkflow) else (),
         error.path if isinstance(error, UnsupportedValue) else str(getattr(error, "input_name", None) or ""),
     )
+
+
+def _id(node_id: object) -> str | None:
+    """As a message has it: what nodes say comes here unchecked, and ids are numbers to many."""
+    return None if node_id is None else str(node_id)
 
 
 class Events:
@@ -110,11 +116,11 @@ class Events:
         if value < total and now - self._last_s < REPORT_INTERVAL_S:
             return
         self._last_s = now
-        self._send(ProgressNote(self._job, self._attempt, node_id, float(value), float(total)))
+        self._send(ProgressNote(self._job, self._attempt, _id(node_id), float(value), float(total)))
 
     def preview(self, node_id: str | None, image: object) -> None:
         kind, data = _encode_preview(image)
-        self._send(PreviewNote(self._job, self._attempt, node_id, kind, data))
+        self._send(PreviewNote(self._job, self._attempt, _id(node_id), kind, data))
 
 
 def _encode_preview(image: object) -> tuple[str, bytes]:
@@ -153,10 +159,11 @@ class LogHandler(logging.Handler):
         self.tell_left_out()
         try:
             text = self.format(record)[:_LOG_TEXT_MAX]
+            level, name = str(record.levelname)[:_LOG_NAME_MAX], str(record.name)[:_LOG_NAME_MAX]
         except Exception:
             self.handleError(record)
             return
-        self._send(LogRecord(record.levelname, record.name, text))
+        self._send(LogRecord(level, name, text))
 
     def tell_left_out(self) -> None:
         """Say how many records were dropped since this was said last, if any were."""

@@ -27,7 +27,7 @@ def resident_tensor(
     if not isinstance(cast("object", dtype), torch.dtype):
         raise TypeError(f"dtype: expected one of torch's, such as torch.float32, got {dtype!r}")
     if str(dtype).startswith("torch.q"):  # torch.frombuffer with one ends the process
-        raise TypeError(f"dtype: {dtype} is quantized and needs scales beside its memory; use torch.int8, say")
+        raise TypeError(f"dtype: {dtype} is quantized, and has scales beside its memory; use torch.int8")
     nbytes = math.prod(sizes) * dtype.itemsize
     if not nbytes:
         return torch.empty(sizes, dtype=dtype, device="cpu")

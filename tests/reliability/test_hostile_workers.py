@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from legion_shm import JobFailed, LogEvent, Supervisor, WorkerLost
+from legion_shm import InvalidWorkflow, JobFailed, LogEvent, Supervisor, WorkerLost
 from legion_shm.doctor import _try_death_signal
 from legion_shm.supervisor.replies import TEXT_MAX, readable
 from tests import needs
@@ -18,10 +18,19 @@ from tests.system.support import only_worker, wait_for
 
 ELEMENTS = 1 << 18
 
+HEARTBEATS_GO_ON = """
+import time
+control = host()._control
+beats, until_s = control.beats, time.monotonic() + 20.0
+while control.beats < beats + 2 and control.is_alive() and time.monotonic() < until_s:
+    time.sleep(0.01)
+out = control.beats >= beats + 2
+"""
+
 
 @pytest.fixture(scope="module")
 def legion() -> Iterator[Supervisor]:
-    with Supervisor(restart_backoff_s=0.01, lease_flush_s=0.005) as supervisor:
+    with Supervisor(restart_backoff_s=0.01, lease_flush_s=0.005, heartbeat_interval_s=0.1) as supervisor:
         yield supervisor
 
 
@@ -159,6 +168,58 @@ def test_log_records_with_lone_surrogates_can_be_printed(legion: Supervisor) -> 
             break
     else:
         raise AssertionError("the record did not come")
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "current_job().progress(1, 2, node_id=5)",
+        "current_job().preview(torch.zeros(8, 8, 3), node_id=5)",
+        "log.handle(logging.makeLogRecord({'name': 5, 'levelname': None, 'msg': 'x', 'levelno': 40}))",
+        "in_thread(log.handle, logging.makeLogRecord({'name': 5, 'msg': 'x', 'levelno': 40}))",
+        "in_thread(logging.getLogger('x' * (100 << 20)).error, 'x')",
+        "in_thread(current_job().progress, 1, 2, node_id='x' * (100 << 20))",
+    ],
+)
+def test_what_a_node_says_in_odd_types_and_sizes_costs_no_job(legion: Supervisor, says: str) -> None:
+    code = f"""
+import logging, threading, torch
+from legion_shm import current_job
+log = logging.getLogger("odd")
+def in_thread(call, *args, **named):
+    thread = threading.Thread(target=call, args=args, kwargs=named)
+    thread.start(); thread.join()
+{says}
+"""
+    assert do(legion, code).exception(timeout=60) is None
+    assert do(legion, HEARTBEATS_GO_ON).result(timeout=60)["output_1"]
+
+
+def test_an_error_that_names_a_node_by_a_number_fails_its_job_alone(legion: Supervisor) -> None:
+    code = "import legion_shm\nraise legion_shm.InvalidWorkflow('x', node_id=5)"
+    with pytest.raises(InvalidWorkflow) as caught:
+        do(legion, code).result(timeout=60)
+    assert caught.value.node_id == "5"
+
+
+@needs.rlimits
+def test_a_worker_whose_node_has_used_up_all_descriptors_is_not_taken_for_hung() -> None:
+    code = f"""
+import os, resource
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+taken = []
+try:
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+{HEARTBEATS_GO_ON}
+for fd in taken:
+    os.close(fd)
+"""
+    with Supervisor(heartbeat_interval_s=0.1, heartbeat_timeout_s=2.0) as legion:
+        assert do(legion, code).result(timeout=60)["output_1"]
 
 
 def test_huge_texts_of_a_worker_are_cut(legion: Supervisor) -> None:

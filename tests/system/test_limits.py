@@ -19,7 +19,6 @@ from legion_shm import (
     Supervisor,
     SupervisorClosed,
     UnsupportedValue,
-    UnsupportedValue,
 )
 from tests.system.support import Gate, flow, only_worker, run, spec, wait_for
 
