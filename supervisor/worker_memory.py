@@ -7,6 +7,7 @@ back, holding on to results until their leases are taken. The main thread alone 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import select
 import socket
@@ -288,6 +289,10 @@ class WorkerMemory:
             )
         elif isinstance(message, SegmentsDropped):
             for segment_id in message.segments:
+                if not self._attachments.knows(message.arena, segment_id):
+                    # Nobody looked for it yet: its descriptor would be taken later, and kept for good.
+                    with contextlib.suppress(ProtocolError):  # whoever needs the next one is told
+                        self._take_descriptors()
                 self._attachments.drop(message.arena, segment_id)
             self._gpu.drop(message.arena, message.segments)
         else:

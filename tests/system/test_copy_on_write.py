@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from legion_shm import Job, JobFailed, Result, Supervisor
+from legion_shm import Job, JobFailed, Result, Supervisor, UnsupportedValue
 from legion_shm.transport.segment import SegmentKind
 from tests import needs
 from tests.system.support import MEGABYTE_OF_FLOATS, flow, only_worker, pid_of, run, spec, wait_for
@@ -167,6 +170,42 @@ def test_a_failed_job_pins_none_of_its_callers_tensors(legion: Supervisor) -> No
         assert job.state == "failed"
     finally:
         gc.enable()
+
+
+@dataclass
+class UnknownToWorkers:
+    number: int
+
+
+def open_segments(pid: int) -> list[str]:
+    links: list[str] = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed just now
+            links.append(os.readlink(fd))
+    return [link for link in links if "memfd" in link]
+
+
+@needs.linux
+def test_a_segment_that_its_worker_never_looked_into_is_let_go_of_all_the_same() -> None:
+    workflow = {
+        "in": {"class_type": "LegionImporter", "inputs": {}},
+        "unknown": {"class_type": "TestPass", "inputs": {"value": ["in", 0]}},
+        "tensor": {"class_type": "TestPass", "inputs": {"value": ["in", 1]}},
+        "out": {
+            "class_type": "LegionExporter",
+            "inputs": {"input_1": ["unknown", 0], "input_2": ["tensor", 0]},
+        },
+    }
+    with Supervisor(idle_trim_s=0.05, lease_flush_s=0.005) as legion:
+        run(legion, "TestPass", 1)
+        pid = pid_of(only_worker(legion))
+        unread = legion.submit(workflow, inputs=[UnknownToWorkers(1), full(1.0)], spec=spec())
+        assert isinstance(unread.exception(timeout=60), UnsupportedValue)
+        wait_for(lambda: not legion._memory.stats().segments, "the input's segment is given back")
+        assert float(run(legion, "TestAdd", full(1.0))[0]) == 2.0
+        wait_for(lambda: not legion._memory.stats().segments, "that one's too")
+        run(legion, "TestPass", 1)
+        wait_for(lambda: not open_segments(pid), "the worker has no segment open")
 
 
 def test_resident_tensors_cost_no_copy_and_are_isolated(legion: Supervisor) -> None:
