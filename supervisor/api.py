@@ -17,7 +17,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -236,8 +235,27 @@ class Supervisor:
         inputs: Mapping[str, object] | Sequence[object] | None = None,
         **options: Unpack[JobKeywords],
     ) -> Job:
-        """`submit` for coroutines: reads, checks and copies in a thread, so the event loop never waits."""
-        return await asyncio.to_thread(partial(self.submit, workflow, inputs=inputs, **options))
+        """`submit` for coroutines: reads, checks and copies in a thread, so the event loop never waits.
+
+        Whoever is cancelled in the midst of it gets no `Job`: then the job is cancelled too.
+        """
+        jobs: list[Job] = []
+        given_up = threading.Event()
+
+        def submit() -> Job:
+            job = self.submit(workflow, inputs=inputs, **options)
+            jobs.append(job)
+            if given_up.is_set():
+                job.cancel()
+            return job
+
+        try:
+            return await asyncio.to_thread(submit)
+        except asyncio.CancelledError:
+            given_up.set()  # one of the two sees what the other did, perhaps both
+            for job in jobs:
+                job.cancel()
+            raise
 
     def _cancel(self, job: str) -> None:
         self._loop.stimulate(CancelRequested(job))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from legion_shm import InvalidWorkflow, JobCancelled, Supervisor
+from legion_shm import InvalidWorkflow, Job, JobCancelled, Supervisor
 from tests.system.support import Gate, flow, run, spec
 
 
@@ -110,6 +110,45 @@ def test_the_event_loop_runs_on_while_inputs_are_encoded(
         ticker.cancel()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("when", ["its inputs are encoded", "it has been handed in"])
+def test_a_job_whose_asubmit_was_cancelled_is_cancelled_too(
+    legion: Supervisor, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    jobs: list[Job] = []
+    submit, pack = legion.submit, legion._memory.pack
+
+    def here() -> None:
+        reached.set()
+        assert go_on.wait(timeout=20), "the cancelled coroutine did not end"
+
+    def waiting_pack(*arguments: Any, **keywords: Any) -> object:
+        if when == "its inputs are encoded":
+            here()
+        return pack(*arguments, **keywords)
+
+    def noted_submit(*arguments: Any, **keywords: Any) -> Job:
+        jobs.append(submit(*arguments, **keywords))
+        if when == "it has been handed in":
+            here()
+        return jobs[0]
+
+    monkeypatch.setattr(legion._memory, "pack", waiting_pack)
+    monkeypatch.setattr(legion, "submit", noted_submit)
+
+    async def main() -> None:
+        submitting = asyncio.ensure_future(legion.asubmit(flow("TestUntilCancelled"), spec=spec()))
+        await asyncio.to_thread(reached.wait, 20)
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        go_on.set()
+
+    asyncio.run(main())
+    with pytest.raises(JobCancelled):
+        jobs[0].result(timeout=20)
 
 
 def test_an_event_loop_that_ended_before_its_job_harms_nobody(legion: Supervisor, tmp_path: Path) -> None:
