@@ -155,7 +155,12 @@ def read_image(path: str | os.PathLike[str]) -> Any:
 def _read_npy(path: Path) -> Any:
     import numpy as np
 
-    array: Any = np.load(path, allow_pickle=False)
+    try:
+        array: Any = np.load(path, allow_pickle=False)
+    except ValueError as error:  # numpy takes any other file for a pickle, and advises to load it
+        if "pickle" not in str(error):
+            raise
+        raise ValueError("it is none, or holds Python objects, which are not read") from error
     if not isinstance(array, np.ndarray):
         raise ValueError("it holds several arrays (.npz)")
     native: Any = cast("Any", array).astype(cast("Any", array).dtype.newbyteorder("="), copy=False)

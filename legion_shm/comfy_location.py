@@ -15,10 +15,11 @@ from pathlib import Path
 
 from legion_shm.errors import ConfigError
 
-__all__ = ["COMFYUI_VARIABLE", "ComfyLocation", "find_comfyui", "not_found_message"]
+__all__ = ["COMFYUI_VARIABLE", "ComfyLocation", "find_comfyui", "not_found_message", "variable_passed_over"]
 
 COMFYUI_VARIABLE = "COMFYUI_PATH"
 
+_IN_HOME = "~/ComfyUI"
 _FILES = ("main.py", "nodes.py")
 _FOLDERS = ("comfy",)
 _VERSION = re.compile(r"""^(?:__version__|version)\s*=\s*["']([^"'\n]+)["']""", re.MULTILINE)
@@ -61,12 +62,24 @@ def find_comfyui(explicit: str | None, env: Mapping[str, str]) -> ComfyLocation 
 def not_found_message(env: Mapping[str, str] | None = None) -> str:
     """Why `find_comfyui` found none, and how to point to one. ``env``: the process's own by default."""
     env = os.environ if env is None else env
-    given = env.get(COMFYUI_VARIABLE)
     found = "no ComfyUI was found"
+    given = env.get(COMFYUI_VARIABLE)
     if given:
-        path = _absolute(given, env)
-        found += f" ({COMFYUI_VARIABLE} is set to {path}, but {_missing(path) or 'it is one'})"
+        found += f" ({COMFYUI_VARIABLE} is set to {_what_is_wrong(_absolute(given, env))})"
     return f"{found}; point to one with comfyui_path (legion --comfyui), or set {COMFYUI_VARIABLE}"
+
+
+def variable_passed_over(found: ComfyLocation, env: Mapping[str, str] | None = None) -> str:
+    """Why ``found`` is not the one of COMFYUI_PATH; empty where it is, or where that was not looked at."""
+    env = os.environ if env is None else env
+    given = env.get(COMFYUI_VARIABLE)
+    if not given or found.how != _IN_HOME:
+        return ""
+    return f"passed over: it is set to {_what_is_wrong(_absolute(given, env))}"
+
+
+def _what_is_wrong(path: Path) -> str:
+    return f"{path}, but {_missing(path) or 'it is one'}"
 
 
 def _places(env: Mapping[str, str]) -> list[tuple[str, Path]]:
@@ -79,7 +92,7 @@ def _places(env: Mapping[str, str]) -> list[tuple[str, Path]]:
         places.append((COMFYUI_VARIABLE, _absolute(given, env)))
     home = _home(env)
     if home is not None:
-        places.append(("~/ComfyUI", home / "ComfyUI"))
+        places.append((_IN_HOME, home / "ComfyUI"))
     return places
 
 

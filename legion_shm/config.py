@@ -143,7 +143,12 @@ def _short(value: object) -> str:
 
 
 def _zygote_default() -> Any:
-    return os.environ.get("LEGION_ZYGOTE", "auto")
+    value = os.environ.get("LEGION_ZYGOTE") or "auto"
+    if value not in ("auto", "off"):
+        raise ConfigError(
+            f"LEGION_ZYGOTE, in the environment: expected auto or off, got {value!r}", key="zygote"
+        )
+    return value
 
 
 class WorkerSpec(_Settings):

@@ -22,7 +22,13 @@ from typing import Any, Literal, cast
 
 from legion_shm import __version__
 from legion_shm.clock import monotonic_s
-from legion_shm.comfy_location import ComfyLocation, find_comfyui, not_found_message
+from legion_shm.comfy_location import (
+    COMFYUI_VARIABLE,
+    ComfyLocation,
+    find_comfyui,
+    not_found_message,
+    variable_passed_over,
+)
 from legion_shm.errors import LegionError
 
 __all__ = ["Fact", "Report", "examine", "print_report"]
@@ -128,7 +134,8 @@ def _versions(report: Report) -> None:
         try:
             report.add("Software", name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            report.add("Software", name, "not installed; run `pip install legion-shm` again", "problem")
+            remedy = f"not installed; run `{sys.executable} -m pip install {name}`"
+            report.add("Software", name, remedy, "problem")
     with _trouble_in(report, "Software", "libzmq", "problem"):
         importlib.import_module("legion_shm.transport.channel")  # the one module that may import zmq
         zmq = cast("Any", sys.modules["zmq"])
@@ -373,6 +380,9 @@ def _comfyui(report: Report, location: ComfyLocation | None, env: Mapping[str, s
     if location is None:
         report.add("ComfyUI", "found", f"no: {not_found_message(env)}")
         return
+    passed_over = variable_passed_over(location, env)
+    if passed_over:
+        report.add("ComfyUI", COMFYUI_VARIABLE, passed_over, "note")
     version = location.version or "unknown"
     report.add("ComfyUI", "found", f"{location.path}, version {version} ({location.how})")
 
@@ -400,7 +410,7 @@ def _used(report: Report, segments: str | None, channel: str | None, location: C
 
 def _round_trip(report: Report, engine: Literal["graph", "comfy"], path: str | None, level: Level) -> None:
     """A tensor goes through a worker and must come back equal; ``level`` is how bad it is if not."""
-    section, name = "Check", f"a 1 MiB tensor through a worker, engine={engine}"
+    section, name = "Check", _check_name(engine)
     with _trouble_in(report, section, name, level):
         import torch as torch_module
 
@@ -442,6 +452,10 @@ def _round_trip(report: Report, engine: Literal["graph", "comfy"], path: str | N
         )
 
 
+def _check_name(engine: str) -> str:
+    return f"a 1 MiB tensor through a worker, engine={engine}"
+
+
 @contextlib.contextmanager
 def _trouble_in(report: Report, section: str, name: str, level: Level) -> Any:
     """Whatever goes wrong inside is an answer too, and not the doctor's end."""
@@ -477,6 +491,13 @@ def print_report(report: Report) -> None:
     console.print(table)
     if report.usable:
         console.print(Text("Workflows can run here.", style="bold green"))
+        if any(
+            (fact.section, fact.name, fact.level) == ("Check", _check_name("comfy"), "note")
+            for fact in report.facts
+        ):
+            console.print(
+                Text("But not in ComfyUI, which engine=auto takes: see the last check. engine=graph works.")
+            )
     else:
         console.print(Text("Workflows cannot run here:", style="bold red"))
         for problem in report.problems:

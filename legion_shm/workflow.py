@@ -92,7 +92,12 @@ def _read_file(path: Path) -> object:
         if path.stat().st_size > _MAX_BYTES:
             raise InvalidWorkflow(f"the workflow file {path} is larger than {_MAX_BYTES >> 20} MiB")
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise InvalidWorkflow(
+            f"the workflow file {str(path)!r} is not UTF-8 text; give the JSON file that ComfyUI exports "
+            "(menu Workflow, Export (API))"
+        ) from error
+    except (OSError, ValueError) as error:
         if isinstance(error, InvalidWorkflow):
             raise
         raise InvalidWorkflow(f"cannot read the workflow file {str(path)!r}: {error}") from error

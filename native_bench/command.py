@@ -75,7 +75,9 @@ def bench(
         from legion_shm.native_bench.table import print_comparison, print_result
 
         if html_file and not _has_matplotlib():
-            raise BenchmarkError("--html needs matplotlib for its plots: pip install 'legion-shm[bench]'")
+            raise BenchmarkError(
+                f"--html needs matplotlib for its plots: {sys.executable} -m pip install matplotlib"
+            )
         old = None if compare_file is None else read_result(compare_file)
         if from_file is not None:
             result = read_result(from_file)
@@ -116,6 +118,8 @@ def _list(console: Any) -> int:
     from legion_shm.native_bench.peers import all_peers
 
     table = Table("name", "way", "can run here", "settings")
+    for column in table.columns:
+        column.overflow = "fold"
     for peer in all_peers():
         missing = peer.missing()
         table.add_row(peer.name, peer.title, "yes" if not missing else f"no: {missing}", peer.settings)

@@ -32,7 +32,7 @@ def _pyplot() -> Any:
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
     except ImportError:
-        raise BenchmarkError("the report's plots need matplotlib: pip install 'legion-shm[bench]'") from None
+        raise BenchmarkError("the report's plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("svg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     pyplot.rcParams.update(

@@ -173,7 +173,7 @@ class Supervisor:
         unread = check_inputs(prepared.channels, values)
         warnings = (*unread_inputs(unread), *missing_inputs(prepared.linked, values))
         for text in warnings:
-            _log.warning("%s; inputs given: %s", text, ", ".join(values))
+            _log.warning("%s; inputs given: %s", text, ", ".join(values) or "none")
         pool = self._pool_of(checked.spec, submitted_s)
         self._take_place()
         try:

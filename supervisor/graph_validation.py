@@ -118,7 +118,8 @@ def _structure_problems(prompt: object, classes: Mapping[str, NodeClass]) -> lis
             problems.append(
                 Problem(
                     "missing_node_type",
-                    f"no node class {class_type!r} is loaded; name the module that has it in "
+                    f"no node class {class_type!r} is loaded; ComfyUI's own nodes and custom nodes run with "
+                    "engine='comfy' (legion run: --engine comfy), those of a module of yours with "
                     "WorkerSpec.node_modules (legion run: --node-module)",
                     key,
                 )

@@ -29,6 +29,7 @@ from typing import Any, cast
 from legion_shm import faults
 from legion_shm.clock import monotonic_s
 from legion_shm.errors import (
+    ConfigError,
     JobCancelled,
     JobFailed,
     MessageTooLarge,
@@ -125,7 +126,16 @@ def _load_codecs(config: HostConfig) -> None:
     if config.pickle_classes:
         VALUE_TYPES.add_source(Pickled(config.pickle_classes))
     for module in config.codec_modules:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise
+            raise ConfigError(
+                f"codec_modules: no module named {module!r} can be imported; name an importable module (its "
+                "folder may be added by python_path)",
+                key="codec_modules",
+            ) from error
 
 
 class _Host:
@@ -224,7 +234,11 @@ class _Host:
 
     def _start_failed(self, error: BaseException, what: str = "") -> bool:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self._send(StartFailed(f"{what}{type(error).__name__}: {error}", text[-32768:]))
+        told = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):  # one of ours: of nodes and of ComfyUI others tell
+            lacking = f"{sys.executable} lacks the module {error.name!r}, which a worker needs"
+            told = f"StartupError: {lacking}; install it there, or name another Python (python_executable)"
+        self._send(StartFailed(f"{what}{told}", text[-32768:]))
         return False
 
     def serve(self) -> None:

@@ -22,7 +22,8 @@ class Job:
     """One accepted job. Made by ``Supervisor.submit``; every method is safe from any thread.
 
     ``await job`` gives the result; ``async for event in job`` and ``for event in job.events()`` give its
-    events, from the first one kept, for any number of readers.
+    events, from the first one kept, for any number of readers. Cancelling a task that waits for it leaves the
+    job running.
     """
 
     def __init__(self, feed: JobFeed, cancel: Callable[[str], None]) -> None:

@@ -101,7 +101,7 @@ class Arena:
         if span > self.quota_bytes:
             raise ArenaFull(
                 f"a block of {nbytes} bytes can never fit into an arena with a quota of "
-                f"{self.quota_bytes} bytes; raise the quota"
+                f"{self.quota_bytes} bytes; raise arena_quota_bytes"
             )
         deadline = time.monotonic() + self._full_wait_s
         shortage: ArenaFull | None = None
@@ -281,7 +281,7 @@ class Arena:
         return ArenaFull(
             f"no room for a block of {nbytes} bytes within {self._full_wait_s:g} s: {stats.blocks} blocks "
             f"use {stats.live_bytes} bytes of a quota of {self.quota_bytes}; let go of results that are no "
-            "longer needed, or raise the quota"
+            "longer needed, or raise arena_quota_bytes"
         )
 
     def _drop(self, segment_id: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,8 @@ def resident_tensor(
     ``dtype`` defaults to torch's default dtype. A tensor without elements needs no buffer. TypeError for
     what is no shape or no dtype, and for a quantized one.
     """
+    if not isinstance(cast("object", shape), Iterable):
+        raise TypeError(f"shape: expected a sequence of sizes, such as ({shape!r},), got {shape!r}")
     sizes = tuple(operator.index(size) for size in shape)
     if any(size < 0 for size in sizes):
         raise ValueError(f"a shape has no negative sizes, got {sizes}")

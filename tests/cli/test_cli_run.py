@@ -209,6 +209,18 @@ def test_named_channels_tensors_and_the_json_document(legion: Run, tmp_path: Pat
     assert np.array_equal(np.load(tmp_path / "y.npy"), np.load(tmp_path / "x.npy"))
 
 
+@needs.symlinks
+def test_the_readme_s_first_command_does_what_it_says(legion: Run, tmp_path: Path) -> None:
+    lines = (REPO / "README.md").read_text(encoding="utf-8").splitlines()
+    command = next(line for line in lines if line.startswith("legion run ")).partition("#")[0].split()
+    for folder in ("examples", "legion_shm"):
+        (tmp_path / folder).symlink_to(REPO / folder)
+    outcome = legion(*command[1:])
+    assert outcome.code == 0, outcome
+    assert "WARNING" not in outcome.err
+    assert (tmp_path / "out.png").exists()
+
+
 @pytest.mark.parametrize("option", ["--node-module", "--node-modules", "-m"])
 def test_node_classes_come_from_a_module_by_any_of_the_options_names(
     legion: Run, tmp_path: Path, option: str
@@ -228,6 +240,7 @@ def test_node_classes_come_from_a_module_by_any_of_the_options_names(
     assert lacking.code == 1, lacking
     assert "no node class 'Twice' is loaded" in lacking.out
     assert "--node-module" in lacking.out
+    assert "--engine comfy" in lacking.out
 
 
 def test_lines_of_the_worker_go_to_standard_error_and_values_to_standard_output(legion: Run) -> None:
@@ -352,6 +365,23 @@ def test_a_ctrl_c_while_the_command_line_loads_ends_it_without_a_traceback(tmp_p
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("module", "package"), [("torch", "torch"), ("PIL", "pillow"), ("click", "click")])
+def test_a_package_that_is_missing_is_told_with_what_installs_it(
+    tmp_path: Path, module: str, package: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError({module!r}, name={module!r})\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "legion_shm", "demo", "--output", str(tmp_path / "out.png")],
+        env={**environment(), "PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPO)))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"run `{sys.executable} -m pip install {package}`" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -179,7 +179,9 @@ def test_npy_of_a_dtype_that_torch_lacks_arrives_as_a_numpy_array(tmp_path: Path
 
 def test_npy_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([object()]), allow_pickle=True)
-    assert "allow_pickle" in refusal(str(tmp_path / "a.npy"))
+    assert "it is none, or holds Python objects" in refusal(str(tmp_path / "a.npy"))
+    (tmp_path / "b.npy").write_text("no array", encoding="utf-8")
+    assert "it is none, or holds Python objects" in refusal(str(tmp_path / "b.npy"))
 
 
 def test_safetensors_arrives_as_a_dict_of_tensors(tmp_path: Path) -> None:

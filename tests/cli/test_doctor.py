@@ -16,7 +16,7 @@ import legion_shm.transport.runtime_dir
 import legion_shm.transport.segment
 from legion_shm import __version__
 from legion_shm.cli import main
-from legion_shm.doctor import Report, examine, print_report
+from legion_shm.doctor import Level, Report, examine, print_report
 from tests import needs
 
 
@@ -163,3 +163,33 @@ def test_looking_leaves_the_signal_mask_as_it_was() -> None:
     report = examine(check=False)
     assert facts(report)["death pipe (F_SETSIG)"].startswith("yes")
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def make_comfyui(path: Path) -> Path:
+    (path / "comfy").mkdir(parents=True)
+    for name in ("main.py", "nodes.py"):
+        (path / name).touch()
+    return path
+
+
+def test_a_variable_that_leads_to_no_comfyui_is_told_when_another_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = make_comfyui(tmp_path / "ComfyUI")
+    assert "COMFYUI_PATH" not in facts(examine(check=False))
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "misspelt"))
+    report = examine(check=False)
+    assert facts(report)["found"].startswith(str(home))
+    assert "misspelt, but there is no such folder" in facts(report)["COMFYUI_PATH"]
+    assert levels(report)["COMFYUI_PATH"] == "note"
+    monkeypatch.setenv("COMFYUI_PATH", str(make_comfyui(tmp_path / "right")))
+    assert "COMFYUI_PATH" not in facts(examine(check=False))
+
+
+def test_a_comfyui_that_does_not_run_is_in_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cases: tuple[tuple[Level, bool], ...] = (("ok", False), ("note", True))
+    for level, told in cases:
+        report = Report()
+        report.add("Check", "a 1 MiB tensor through a worker, engine=comfy", "StartupError", level)
+        print_report(report)
+        assert ("not in ComfyUI" in capsys.readouterr().out) == told

@@ -243,6 +243,9 @@ def test_what_is_of_another_type_is_refused_by_name(legion: Supervisor) -> None:
     name: Any = "float32"
     with pytest.raises(TypeError, match="dtype: expected one of torch's"):
         legion.empty((2,), name)
+    number: Any = 2
+    with pytest.raises(TypeError, match=r"shape: expected a sequence of sizes, such as \(2,\)"):
+        legion.empty(number)
     half: Any = (2.5,)
     with pytest.raises(TypeError):
         legion.empty(half)

@@ -213,3 +213,20 @@ def test_equal_specs_share_a_worker_and_different_ones_do_not() -> None:
         assert pid(spec(env={"A": "1", "B": "2"}, startup_timeout_s=60)) != first
         assert len(legion.workers()) == 3
         assert len({worker.spec_key for worker in legion.workers()}) == 3
+
+
+def test_a_worker_s_python_without_a_package_is_told_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module', name='torch')")
+    with Supervisor() as legion, pytest.raises(StartupError) as caught:
+        run(legion, "Identity", 1, on=WorkerSpec(engine="graph", python_path=str(tmp_path)))
+    assert f"{sys.executable} lacks the module 'torch'" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert "torch.py" in caught.value.traceback
+
+
+def test_a_codec_module_that_is_not_there_is_told_with_its_setting() -> None:
+    with (
+        Supervisor() as legion,
+        pytest.raises(StartupError, match="codec_modules: no module named 'missing_codecs'"),
+    ):
+        run(legion, "Identity", 1, on=spec(codec_modules=["missing_codecs"]))

@@ -347,3 +347,11 @@ def test_a_heartbeat_time_out_leaves_time_for_two_beats() -> None:
 
 def test_values_of_the_environment_do_not_show_in_a_spec() -> None:
     assert "secret" not in repr(WorkerSpec(env={"TOKEN": "secret"}))
+
+
+def test_a_wrong_value_in_the_environment_is_told_with_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGION_ZYGOTE", "no")
+    assert "LEGION_ZYGOTE" in str(refused(SupervisorSettings))
+    assert SupervisorSettings(zygote="off").zygote == "off"
+    monkeypatch.setenv("LEGION_ZYGOTE", "")
+    assert SupervisorSettings().zygote == "auto"

@@ -511,3 +511,10 @@ def test_equal_texts_are_equal_whether_or_not_they_are_one_object() -> None:
         return {"1": {"class_type": "Node", "inputs": {"a": first, "b": second}}}
 
     assert cache.prepare(workflow(one, one)) is cache.prepare(workflow(one, one[:4] + one[4:]))
+
+
+def test_a_file_that_is_no_text_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(InvalidWorkflow, match=r"picture\.png' is not UTF-8 text.*Export \(API\)"):
+        load_workflow(path)
