@@ -189,7 +189,9 @@ class Inbox:
     def _start_failed(self, worker: WorkerIO, message: StartFailedNote, now: float) -> None:
         self.output(worker, now)
         told, traceback = readable(message.error), readable(message.traceback)
-        if not told.startswith(("ConfigError: ", "StartupError: ")):  # these say it all
+        if told.startswith(("ConfigError: ", "StartupError: ")):  # these say it all
+            told = told.partition(": ")[2]
+        else:
             told += f"\n{traceback.rstrip()}"
         error = StartupError(
             f"worker {worker.id} could not start: {told}",
