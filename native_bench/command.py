@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -74,6 +75,8 @@ def bench(
         from legion_shm.native_bench.model import read_result, write_result
         from legion_shm.native_bench.table import print_comparison, print_result
 
+        for file in filter(None, (json_file, csv_file, html_file)):
+            _check_place(Path(file))
         if html_file and not _has_matplotlib():
             raise BenchmarkError(
                 f"--html needs matplotlib for its plots: {sys.executable} -m pip install matplotlib"
@@ -110,6 +113,17 @@ def bench(
         print_comparison(comparison, Console(stderr=markdown))
         return 1 if comparison.regressions else 0
     return 0 if result.rows else 1
+
+
+def _check_place(path: Path) -> None:
+    """Minutes of measuring are not to be lost for a misspelt folder."""
+    from legion_shm.errors import BenchmarkError
+
+    folder = path.parent
+    if not folder.is_dir():
+        raise BenchmarkError(f"{str(path)!r}: there is no folder {str(folder)!r}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise BenchmarkError(f"{str(path)!r} can't be written to; give another file")
 
 
 def _list(console: Any) -> int:

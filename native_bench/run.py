@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from legion_shm import __version__
-from legion_shm.errors import BenchmarkError, ContentsDiffer, LegionError, PeerFailed
+from legion_shm.comfy_location import find_comfyui
+from legion_shm.errors import BenchmarkError, ConfigError, ContentsDiffer, LegionError, PeerFailed
 from legion_shm.native_bench.cuda_limits import measure_cuda_limits
 from legion_shm.native_bench.goals import check_goals
 from legion_shm.native_bench.limits import Limits, measure_limits, with_limits
@@ -85,6 +87,11 @@ def run(options: Options) -> Result:
     peers = choose_peers(options.peers)
     if options.comfyui_python is not None and options.comfyui is None:
         raise BenchmarkError("--comfyui-python says what runs a ComfyUI: give --comfyui PATH as well")
+    if options.comfyui is not None:
+        try:
+            find_comfyui(options.comfyui, os.environ)
+        except ConfigError as error:
+            raise BenchmarkError(str(error)) from error
     missing: list[Missing] = []
 
     def note(what: str, why: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import legion_shm.native_bench.run
 from legion_shm.cli import main
 from legion_shm.native_bench.model import read_result, write_result
 from tests import needs
@@ -58,14 +59,29 @@ def test_the_list_names_every_way_and_whether_it_can_run(capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "pickle5-zeromq" in shown
     assert "legion-forward" in shown
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize(
-    "given", [("--peers", "telegraph"), ("--sizes", "huge"), ("--compare", "/nowhere.json")]
+    "given",
+    [
+        ("--peers", "telegraph"),
+        ("--sizes", "huge"),
+        ("--compare", "/nowhere.json"),
+        ("--json", "/nowhere/result.json"),
+        ("--csv", "/nowhere/result.csv"),
+        ("--html", "/nowhere/page.html"),
+        ("--json", str(Path(__file__).parent)),
+        ("--comfyui", "/nowhere/ComfyUI"),
+    ],
 )
 def test_bad_usage_is_exit_code_2_and_measures_nothing(
-    given: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    given: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("it began to measure")
+
+    monkeypatch.setattr(legion_shm.native_bench.run, "describe_machine", measured)
     assert main(["bench", *given]) == 2
     assert given[1] in capsys.readouterr().err
 
