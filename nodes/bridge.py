@@ -1,10 +1,12 @@
 """What connects Legion's nodes to the ComfyUI that they run inside of; without one they work all the same.
 
-Owns showing a job's progress on the running node, forwarding the user's interruption to jobs, and what a
-node can learn of the ComfyUI around it. It imports nothing of ComfyUI, but looks at what is loaded.
+Owns showing a job's progress on the running node, forwarding the user's interruption to jobs and the wish to
+free memory to workers, and what a node can learn of the ComfyUI around it. It imports nothing of ComfyUI, but
+looks at what is loaded.
 
     job's events ──▶ wait_for ──▶ progress bar, previews, log of the node that waits
     interruption ──▶ wait_for, or cancel_on_interruption ──▶ Job.cancel
+    buttons that unload models, free memory ──▶ on_free_memory
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ __all__ = [
     "explained",
     "inherited_arguments",
     "master_node_classes",
+    "on_free_memory",
     "raise_if_interrupted",
     "wait_for",
 ]
@@ -86,8 +89,7 @@ def wait_for(job: Job, *, nodes: int) -> Result:
 def explained(error: LegionError) -> LegionError:
     """The error with the worker's own words in its text, for a node's error shows nothing else of it."""
     if isinstance(error, JobFailed) and error.traceback:
-        inputs = f"\n\nInputs of the node:\n{error.inputs_summary.rstrip()}" if error.inputs_summary else ""
-        more = f"{inputs}\n\nThe worker's traceback:\n{error.traceback.rstrip()}"
+        more = f"\n\nThe worker's traceback:\n{error.traceback.rstrip()}"
     elif isinstance(error, (WorkerLost, StartupError)) and error.log_tail:
         more = "\n\nThe worker's last lines:\n" + "\n".join(error.log_tail[-_LOG_TAIL:])
     else:
@@ -200,6 +202,34 @@ def _cancel_running() -> None:
 def _prompt_id() -> object:
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     return getattr(getattr(server, "instance", None), "last_prompt_id", None)
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+def on_free_memory(call: Callable[[], None]) -> None:
+    """Have ``call`` called whenever the user has ComfyUI unload its models or free its memory.
+
+    That is when its thread takes these wishes from its queue, after the prompt that runs, so the queue's
+    function for that is wrapped, once.
+    """
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    queue = getattr(getattr(server, "instance", None), "prompt_queue", None)
+    take: Any = getattr(queue, "get_flags", None)
+    if queue is None or take is None or hasattr(take, "legion_wrapped"):
+        return
+
+    def get_flags(*args: Any, **named: Any) -> Any:
+        flags = take(*args, **named)
+        if flags.get("unload_models") or flags.get("free_memory"):
+            try:
+                call()
+            except Exception:  # ComfyUI's thread for prompts must not end by it
+                _log.exception("Legion's workers were not told to free memory")
+        return flags
+
+    get_flags.legion_wrapped = take  # type: ignore[attr-defined]
+    queue.get_flags = get_flags
 
 
 def _model_management() -> Any:

@@ -17,11 +17,12 @@ from legion_shm.ids import new_job_id
 from legion_shm.nodes.bridge import wait_for
 from legion_shm.nodes.importer import CHANNELS
 from legion_shm.nodes.legion_yaml import Configuration
+from legion_shm.nodes.shared_supervisor import is_alive
 
 if TYPE_CHECKING:
     from legion_shm.supervisor.job import Job
 
-__all__ = ["Campaign", "count_failures", "numbered_outputs", "remember", "wait_for_all"]
+__all__ = ["Campaign", "count_spent", "numbered_outputs", "remember", "wait_for_all"]
 
 
 _log = logging.getLogger("legion_shm.nodes")
@@ -43,6 +44,7 @@ class Campaign:
         self.id = new_job_id() if job is None else job.id
         self._nodes = nodes
         self._outputs = outputs
+        self._held_by: str | None = None
 
     @property
     def status(self) -> str:
@@ -52,8 +54,11 @@ class Campaign:
         return "warmed up" if self._outputs is None else "dry run"
 
     @property
-    def went_wrong(self) -> bool:
-        return self.status in ("failed", "cancelled", "lost")
+    def is_spent(self) -> bool:
+        """Whether it went wrong, or gave out handles of objects whose worker has ended since."""
+        if self.status in ("failed", "cancelled", "lost"):
+            return True
+        return self._held_by is not None and not is_alive(self._held_by)
 
     def wait(self) -> Mapping[str, object]:
         """Wait for the end and give the outputs by name, or raise the job's error.
@@ -61,7 +66,10 @@ class Campaign:
         As the node that runs now: shows progress on it, and cancels the job when the user interrupts it.
         """
         if self.job is not None:
-            return wait_for(self.job, nodes=self._nodes)
+            result = wait_for(self.job, nodes=self._nodes)
+            if result.has_handles:
+                self._held_by = result.stats.worker_id
+            return result
         if self._outputs is None:
             raise LegionError(
                 "this campaign comes from a Legion: Warmupper, which runs no workflow; connect the "
@@ -82,31 +90,34 @@ def numbered_outputs(outputs: Mapping[str, object], channels: int = CHANNELS) ->
     return tuple(outputs.get(f"output_{n}") for n in range(1, channels + 1))
 
 
-_last: weakref.WeakValueDictionary[str, Campaign] = weakref.WeakValueDictionary()
-_failures: dict[str, int] = {}
+_given: dict[str, weakref.WeakSet[Campaign]] = {}
+_spent: dict[str, int] = {}
 _lock = threading.Lock()
 
 
 def remember(node_id: str | None, campaign: Campaign) -> None:
-    """Note the campaign that a Master node gave out without waiting for its end."""
+    """Note a campaign that a Master node gave out: one of several, where it ran for each item of a list."""
     if node_id is not None:
         with _lock:
-            _last[node_id] = campaign
+            _given.setdefault(node_id, weakref.WeakSet()).add(campaign)
 
 
-def count_failures(node_id: str | None) -> int:
-    """How many campaigns of a Master node went wrong, for its IS_CHANGED.
+def count_spent(node_id: str | None) -> int:
+    """How many campaigns of a Master node can't be used again, for its IS_CHANGED.
 
-    ComfyUI keeps what an async Master gave out, and would give the failed campaign out for ever.
+    ComfyUI keeps what a Master gave out, and would give a failed campaign, or a handle of an object whose
+    worker is gone, out for ever.
     """
     if node_id is None:
         return 0
     with _lock:
-        campaign = _last.get(node_id)
-        if campaign is not None and campaign.went_wrong:
-            del _last[node_id]
-            _failures[node_id] = _failures.get(node_id, 0) + 1
-        return _failures.get(node_id, 0)
+        given = list(_given.get(node_id, ()))
+    spent = [campaign for campaign in given if campaign.is_spent]
+    with _lock:
+        for campaign in spent:
+            _given[node_id].discard(campaign)
+        _spent[node_id] = _spent.get(node_id, 0) + len(spent)
+        return _spent[node_id]
 
 
 def wait_for_all(campaigns: Sequence[Campaign]) -> None:

@@ -115,15 +115,19 @@ class LegionConfig:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, config_yaml: str | None = None, **widgets: Any) -> str | float:  # noqa: N802
+    def IS_CHANGED(  # noqa: N802 - the protocol's name
+        cls, config_yaml: str | None = None, workflow: str | None = "", **widgets: Any
+    ) -> str | float:
         """The content of the workflow's file, so that Masters run again when it was edited."""
         from legion_shm.errors import ConfigError
-        from legion_shm.nodes.worker_workflow import fingerprint
+        from legion_shm.nodes.worker_workflow import fingerprint, fingerprint_of_all
 
         if config_yaml is None:
             return float("nan")  # the text comes over a link, and is not told here
+        if workflow is None:
+            return fingerprint_of_all()  # so does the name
         try:
-            configuration = _configuration(config_yaml, **widgets)
+            configuration = _configuration(config_yaml, workflow, **widgets)
         except ConfigError as error:
             return str(error)
         return fingerprint(text="", name=configuration.workflow)

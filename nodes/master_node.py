@@ -82,18 +82,22 @@ class MasterNode:
     @classmethod
     def IS_CHANGED(  # noqa: N802 - the protocol's name
         cls,
-        workflow: str | None = None,
-        workflow_text: str | None = None,
+        workflow: str | None = "",
+        workflow_text: str | None = "",
         unique_id: object = None,
         **_: object,
     ) -> str:
-        """The content of the chosen file; and one more for each background run that went wrong."""
-        from legion_shm.nodes.campaign import count_failures
-        from legion_shm.nodes.worker_workflow import FROM_CONFIGURATION, fingerprint
+        """The content of the chosen file, of all where its name comes over a link (None); and how many runs
+        gave out what is of no use any more.
+        """
+        from legion_shm.nodes.campaign import count_spent
+        from legion_shm.nodes.worker_workflow import FROM_CONFIGURATION, fingerprint, fingerprint_of_all
 
+        spent = count_spent(None if unique_id is None else str(unique_id))
+        if workflow is None and not (workflow_text or "").strip():
+            return f"{fingerprint_of_all()}:{spent}"
         name = None if workflow == FROM_CONFIGURATION else workflow
-        failures = count_failures(None if unique_id is None else str(unique_id))
-        return f"{fingerprint(text=workflow_text or '', name=name)}:{failures}"
+        return f"{fingerprint(text=workflow_text or '', name=name)}:{spent}"
 
     def execute(
         self,
@@ -135,8 +139,8 @@ class MasterNode:
             remote=True,
         )
         campaign = Campaign(configuration, job=job, nodes=len(prompt))
+        remember(None if unique_id is None else str(unique_id), campaign)
         if configuration.asynch:
-            remember(None if unique_id is None else str(unique_id), campaign)
             cancel_on_interruption(job)
             return campaign, *(blocked(_NOT_YET),) * self.CHANNELS
         result = campaign.wait()

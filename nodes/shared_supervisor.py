@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from legion_shm.config import WorkerSpec
 from legion_shm.errors import LegionError, SupervisorClosed
-from legion_shm.nodes.bridge import inherited_arguments, wait_for
+from legion_shm.nodes.bridge import inherited_arguments, on_free_memory, wait_for
 from legion_shm.nodes.folders import Folders, global_settings
 from legion_shm.nodes.legion_yaml import Configuration
 
@@ -26,6 +26,7 @@ __all__ = [
     "PROBE",
     "close_shared_supervisor",
     "current_supervisor",
+    "is_alive",
     "shared_supervisor",
     "spec_for",
     "submit",
@@ -51,7 +52,15 @@ def shared_supervisor() -> Supervisor:
             if settings.log_level is not None:
                 logging.getLogger("legion_shm").setLevel(settings.log_level)
             _shared, _owner = Supervisor(max_workers=settings.max_workers), os.getpid()
+            on_free_memory(_free_workers)
         return _shared
+
+
+def _free_workers() -> None:
+    supervisor = current_supervisor()
+    if supervisor is not None:
+        with contextlib.suppress(SupervisorClosed):
+            supervisor.free()
 
 
 def close_shared_supervisor() -> None:
@@ -86,6 +95,16 @@ def current_supervisor() -> Supervisor | None:
     """The supervisor, if one has been made."""
     with _lock:
         return _shared if _owner == os.getpid() else None
+
+
+def is_alive(worker_id: str) -> bool:
+    """Whether a worker runs that can still be given jobs."""
+    supervisor = current_supervisor()
+    try:
+        workers = () if supervisor is None else supervisor.workers()
+    except SupervisorClosed:
+        return False
+    return any(worker.id == worker_id and worker.state != "stopping" for worker in workers)
 
 
 def warm_up(configuration: Configuration, *, wait: bool) -> None:

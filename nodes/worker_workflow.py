@@ -7,6 +7,7 @@ engine's modules.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -17,11 +18,17 @@ from legion_shm.channels import read_channels
 from legion_shm.config import WorkerSpec
 from legion_shm.errors import ConfigError, InvalidWorkflow
 from legion_shm.nodes.bridge import master_node_classes
-from legion_shm.nodes.folders import Folders, find_workflow
+from legion_shm.nodes.folders import Folders, find_workflow, global_settings, workflow_names
 from legion_shm.nodes.saved_format import convert_saved_workflow, is_saved_format
 from legion_shm.workflow import Workflow, load_workflow
 
-__all__ = ["FROM_CONFIGURATION", "check_channels", "fingerprint", "load_worker_workflow"]
+__all__ = [
+    "FROM_CONFIGURATION",
+    "check_channels",
+    "fingerprint",
+    "fingerprint_of_all",
+    "load_worker_workflow",
+]
 
 FROM_CONFIGURATION = "as in the configuration"
 """The first entry of Master's list of workflow files."""
@@ -79,6 +86,25 @@ def check_channels(prompt: Workflow, given: Collection[str]) -> None:
             "the worker's workflow has no LegionExporter, so no output would come back; add a "
             "Legion: Exporter node to it"
         )
+
+
+def fingerprint_of_all() -> str:
+    """Differs when any workflow file does: for a name that comes over a link, which IS_CHANGED is not told.
+
+    Never raises.
+    """
+    folders = Folders.current()
+    seen = hashlib.sha256()
+    try:
+        roots = global_settings(folders).workflow_roots
+    except ConfigError as error:
+        return f"none: {error}"
+    for name in workflow_names(folders):
+        for root in roots:
+            with contextlib.suppress(OSError, ValueError):
+                status = (root / name).stat()
+                seen.update(repr((str(root / name), status.st_mtime_ns, status.st_size)).encode())
+    return seen.hexdigest()
 
 
 def fingerprint(*, text: str, name: str | None) -> str:

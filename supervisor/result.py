@@ -94,7 +94,8 @@ class Result(Mapping[str, Any]):
     Tensors are views of shared memory: writable, with writes private to the process, and valid for as
     long as they are referred to, also after the supervisor has closed. ``ui`` is what output nodes
     reported, by node id; ``folders`` where the files are that it names, by their ``type`` (``output``, or
-    ``temp``, which goes with its worker); ``stats`` says where the time went; ``engine`` which engine ran it.
+    ``temp``, which goes with its worker); ``stats`` says where the time went; ``engine`` which engine ran it;
+    ``has_handles`` whether an output is or holds a `RemoteHandle`, of use only while that worker lives.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class Result(Mapping[str, Any]):
         ui: Mapping[str, Any],
         stats: JobStats | Callable[[], JobStats],
         folders: Mapping[str, str] | None = None,
+        has_handles: bool = False,
     ) -> None:
         self._outputs = dict(outputs)
+        self.has_handles = has_handles
         self.ui = ui
         self.folders: Mapping[str, str] = folders or {}
         self._stats = stats
@@ -219,4 +222,4 @@ class Delivery:
                 ui = cast("dict[str, Any]", outputs.pop(REPORT, {}))
                 folders = cast("Mapping[str, str]", ui.pop(FOLDERS, {}))
                 stats = partial(self._stats, monotonic_s() - started_s)
-                self._decoded = Result(outputs, ui, stats, folders)
+                self._decoded = Result(outputs, ui, stats, folders, bool(self._remotes))

@@ -151,7 +151,61 @@ class ProbeUse:
             return (torch.tensor([session.runs, os.getpid()]),)
 
 
-CLASSES = (ProbeSource, ProbeWrite, ProbeSlow, ProbeFail, ProbeLive, ProbeUse)
+class ProbeItems:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_IS_LIST = ("IMAGE",), "run", "probe", (True,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"count": ("INT", {})}}
+
+    def run(self, count):
+        return ([torch.full((1, 4, 4, 3), n / 8) for n in range(count)],)
+
+
+class ProbeFirst:
+    """Fails when it runs for the first time."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",), "log": ("STRING", {})}}
+
+    def run(self, image, log):
+        first = not os.path.exists(log)
+        open(log, "a").close()
+        if first:
+            raise RuntimeError("the first run fails")
+        return (image,)
+
+
+class Fits(str):
+    def __ne__(self, other):
+        return False
+
+
+class ProbeName:
+    RETURN_TYPES, FUNCTION, CATEGORY = (Fits("*"),), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}}
+
+    def run(self, name):
+        return (name,)
+
+
+CLASSES = (
+    ProbeSource,
+    ProbeWrite,
+    ProbeSlow,
+    ProbeFail,
+    ProbeLive,
+    ProbeUse,
+    ProbeItems,
+    ProbeFirst,
+    ProbeName,
+)
 NODE_CLASS_MAPPINGS = {c.__name__: c for c in CLASSES}
 '''
 

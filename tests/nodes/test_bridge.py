@@ -142,6 +142,26 @@ def test_an_interruption_of_another_prompt_leaves_a_background_job_alone(comfy: 
     assert call("LegionJoin", legion_campaign=campaign)[0] == 1
 
 
+def test_the_wish_to_free_memory_reaches_the_workers_once_each_time(comfy: FakeComfy) -> None:
+    asked = list[int]()
+    wishes = [{"unload_models": True}, {}, {"free_memory": True}]
+    comfy.server.prompt_queue = SimpleNamespace(get_flags=lambda reset=True: wishes.pop(0))
+    for _ in range(2):  # a second supervisor of the same process
+        bridge.on_free_memory(lambda: asked.append(len(wishes)))
+    flags = comfy.server.prompt_queue.get_flags
+    assert [flags(), flags(reset=True), flags()] == [{"unload_models": True}, {}, {"free_memory": True}]
+    assert asked == [2, 0]
+
+
+def test_workers_that_can_not_be_told_to_free_memory_do_not_end_comfyuis_thread(
+    comfy: FakeComfy, caplog: pytest.LogCaptureFixture
+) -> None:
+    comfy.server.prompt_queue = SimpleNamespace(get_flags=lambda: {"free_memory": True})
+    bridge.on_free_memory(lambda: next(iter(())))
+    assert comfy.server.prompt_queue.get_flags() == {"free_memory": True}
+    assert "not told to free memory" in caplog.text
+
+
 def test_log_lines_of_the_worker_come_to_our_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "legion_shm.worker"):
         run(flow("TestPrint", text="hello from there"))

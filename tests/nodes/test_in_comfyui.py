@@ -178,6 +178,26 @@ def test_what_only_lives_in_a_worker_is_a_wire_to_the_next_master_which_gets_the
     assert np.load(tmp_path / "out.npy").tolist() == [2, process]
 
 
+def test_an_object_whose_worker_was_killed_is_made_again_when_the_prompt_is_queued_again(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    prompt = live_flow(tmp_path, number=5)
+    prompt["config"]["inputs"]["config_yaml"] = yaml() + "execution.env_vars.WHO: killed\n"
+    comfy.run(prompt)
+    _, process = np.load(tmp_path / "out.npy")
+    worker = psutil.Process(int(process))
+    worker.kill()
+    psutil.wait_procs([worker], timeout=10)
+    again = live_flow(tmp_path, number=6)
+    again["config"] = prompt["config"]
+    entries = (comfy.wait(comfy.queue(again)) for _ in range(3))  # the supervisor may not have seen it yet
+    entry = next(entry for entry in entries if entry["status"]["status_str"] == "success")
+    assert {"make", "use"} <= comfy.executed(entry, again)
+    runs, other = np.load(tmp_path / "out.npy")
+    assert runs == 1
+    assert other != process
+
+
 def test_a_node_that_can_not_use_what_lives_in_a_worker_fails_and_is_told_where_that_is(
     comfy: ComfyServer, tmp_path: Path
 ) -> None:
@@ -337,6 +357,39 @@ def test_a_background_run_that_failed_runs_again_when_queued_again(
     comfy.run(prompt)
 
 
+def test_a_background_run_for_each_item_of_a_list_runs_again_when_the_first_failed(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    log = tmp_path / "began"
+    prompt = master_flow(
+        tmp_path, seed=20, workflow_text=text(worker_flow(("ProbeFirst", {"log": str(log)})))
+    )
+    prompt["config"]["inputs"]["config_yaml"] = yaml(asynch=True)
+    prompt["source"] = node("ProbeItems", count=3)
+    prompt["join"] = node("LegionJoin", legion_campaign=["master", 0])
+    prompt["write"]["inputs"]["value"] = ["join", 0]
+    assert comfy.fail(prompt)["node_id"] == "join"
+    entry = comfy.run(prompt)
+    assert "master" in comfy.executed(entry, prompt)
+    assert len(entry["outputs"]["write"]["written"]) == 3
+
+
+def test_a_file_that_is_named_over_a_link_runs_again_when_it_was_edited(
+    comfy: ComfyServer, tmp_path: Path
+) -> None:
+    put(comfy, "linked.json", worker_flow())
+    for number, (of, name) in enumerate({"master": "workflow", "config": "workflow"}.items()):
+        prompt = master_flow(tmp_path, seed=21 + number)
+        prompt["name"] = node("ProbeName", name="linked.json")
+        prompt[of]["inputs"][name] = ["name", 0]
+        comfy.run(prompt)
+        first = np.load(tmp_path / "out.npy")
+        assert "master" not in comfy.executed(comfy.run(prompt), prompt)
+        put(comfy, "linked.json", worker_flow(*[("ImageInvert", {})] * (1 + number)))
+        comfy.run(prompt)
+        assert np.abs(np.load(tmp_path / "out.npy") - (1.0 - first)).max() < 1e-6
+
+
 @pytest.mark.parametrize("asynch", [False, True])
 def test_interrupting_the_prompt_interrupts_the_worker_within_a_second(
     comfy: ComfyServer, tmp_path: Path, asynch: bool
@@ -401,6 +454,26 @@ def test_the_release_node_ends_a_worker_and_says_what_came_back(comfy: ComfyServ
     (report,) = entry["outputs"]["release"]["text"]
     assert report.startswith("1 worker ended")
     assert len(before - {worker.pid for worker in comfy.workers()}) == 1
+
+
+@pytest.mark.parametrize("wish", ["unload_models", "free_memory"])
+def test_comfyuis_buttons_for_memory_reach_the_worker(comfy: ComfyServer, tmp_path: Path, wish: str) -> None:
+    log = tmp_path / "slow.log"
+    kept = {
+        "0": node("LegionImporter"),
+        "1": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
+        "2": node("ProbeSlow", image=["1", 0], steps=1, log=str(log)),
+        "3": node("LegionExporter", input_1=["2", 0], input_2=["0", 0]),
+    }
+    seeds = iter(range(1000, 1100))
+
+    def runs_of_the_workers_node() -> int:
+        comfy.run(master_flow(tmp_path, seed=next(seeds), workflow_text=text(kept)))
+        return log.read_text().count("begin")
+
+    assert [runs_of_the_workers_node() for _ in range(3)] == [1, 1, 1], "it comes from the worker's cache"
+    comfy.post("/free", {wish: True})
+    assert any(runs_of_the_workers_node() == 2 for _ in range(50)), "its caches were not dropped"
 
 
 def test_the_page_finds_the_nodes_their_templates_and_their_help(comfy: ComfyServer) -> None:
