@@ -17,7 +17,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from legion_shm.clock import monotonic_s
@@ -33,6 +33,7 @@ __all__ = [
     "blocked",
     "cancel_on_interruption",
     "explained",
+    "forwarded_data",
     "inherited_arguments",
     "master_node_classes",
     "on_free_memory",
@@ -50,6 +51,9 @@ _SHOW_EVERY_S = 0.05
 """Each update of the bar costs ComfyUI a message with the state of all nodes, so short jobs show none."""
 
 _LOG_TAIL = 20
+
+_LOGIN = ("auth_token_comfy_org", "api_key_comfy_org", "comfy_usage_source")
+"""What ComfyUI's API nodes are paid with, of a prompt's extra data."""
 
 _INHERITED = (
     "base_directory",
@@ -264,6 +268,26 @@ def _each(value: Any) -> list[list[str]]:
     if isinstance(value, str) or not as_items(value):
         return [[str(value)]]
     return [[str(word) for word in as_items(item) or (item,)] for item in as_items(value)]
+
+
+def forwarded_data(own: Sequence[str]) -> dict[str, object]:
+    """Of the prompt that runs, what a worker's nodes need as ours do: how to preview, and the user's login.
+
+    ``own`` arguments of the worker that say how to preview count before ours.
+    """
+    data: dict[str, object] = {}
+    args = getattr(sys.modules.get("comfy.cli_args"), "args", None)
+    name = getattr(getattr(args, "preview_method", None), "value", None)  # ComfyUI sets it for each prompt
+    if name not in (None, "none") and not any(word.startswith("--preview-method") for word in own):
+        data["preview_method"] = name
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    queue = getattr(getattr(server, "instance", None), "prompt_queue", None)
+    running: Any = getattr(queue, "currently_running", {})
+    for item in list(running.values()):
+        if len(item) > 3 and item[1] == _prompt_id():
+            given = {key: value for part in (item[3], *item[5:6]) for key, value in part.items()}
+            data |= {key: given[key] for key in _LOGIN if given.get(key) is not None}
+    return data
 
 
 def blocked(message: str) -> object:

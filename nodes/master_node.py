@@ -108,7 +108,7 @@ class MasterNode:
         unique_id: object = None,
         **inputs: object,
     ) -> tuple[object, ...]:
-        from legion_shm.nodes.bridge import blocked, cancel_on_interruption
+        from legion_shm.nodes.bridge import blocked, cancel_on_interruption, forwarded_data
         from legion_shm.nodes.campaign import Campaign, numbered_outputs, remember
         from legion_shm.nodes.shared_supervisor import spec_for, submit
         from legion_shm.nodes.worker_workflow import FROM_CONFIGURATION, check_channels, load_worker_workflow
@@ -136,6 +136,7 @@ class MasterNode:
             spec=spec,
             deadline_s=configuration.deadline_s,
             retries=configuration.retries,
+            extra_data=forwarded_data(spec.extra_args),
             remote=True,
         )
         campaign = Campaign(configuration, job=job, nodes=len(prompt))

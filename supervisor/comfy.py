@@ -216,7 +216,7 @@ class ComfyEngine:
             _stop_if_cancelled(job)
             raise _broken_off(job, type(error).__name__, str(error)) from None
         _stop_if_cancelled(job)
-        self._check_messages(job, executor)
+        self._check_messages(job, executor, request.extra_data)
         history = cast("Mapping[str, Any]", getattr(executor, "history_result", None) or {})
         return JobOutcome(
             outputs=job.outputs,
@@ -226,16 +226,16 @@ class ComfyEngine:
             folders=comfy.folders(),
         )
 
-    def _check_messages(self, job: ComfyJob, executor: Any) -> None:
+    def _check_messages(self, job: ComfyJob, executor: Any, extra_data: Mapping[str, object]) -> None:
         """Raise how the prompt ended, if it did not end well."""
         for event, data in executor.status_messages:
             if event == "execution_interrupted":
                 where = f"{data.get('node_id')} ({data.get('node_type')})"
                 raise JobCancelled(f"node {where} interrupted job {job.job_id}", job_id=job.job_id)
             if event == "execution_error":
-                raise execution_failure(job.job_id, data)
+                raise execution_failure(job.job_id, data, extra_data)
         if job.blocked is not None:
-            raise execution_failure(job.job_id, job.blocked)
+            raise execution_failure(job.job_id, job.blocked, extra_data)
         if not executor.success:
             text = f"ComfyUI did not finish job {job.job_id}, and did not say why"
             raise JobFailed(text, job_id=job.job_id)

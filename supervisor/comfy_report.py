@@ -18,6 +18,8 @@ _TEXT_CHARS = 4_000
 _TRACEBACK_CHARS = 20_000
 _LINE_CHARS = 320
 _INPUTS_SHOWN = 40
+_SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")
+"""The user's login among a job's extra data, which hidden inputs of a node hold."""
 _OUR_REFUSAL = f"{InvalidWorkflow.__module__}.{InvalidWorkflow.__qualname__}"
 
 
@@ -84,8 +86,8 @@ def _prompt_problem(
     return Problem(kind, text, node_id, str(prompt[node_id].get("class_type")))
 
 
-def execution_failure(job_id: str, data: Mapping[str, Any]) -> LegionError:
-    """The error for ComfyUI's ``execution_error`` message."""
+def execution_failure(job_id: str, data: Mapping[str, Any], extra_data: Mapping[str, object]) -> LegionError:
+    """The error for ComfyUI's ``execution_error`` message, without the login in the job's ``extra_data``."""
     node_id, class_type = str(data.get("node_id")), str(data.get("node_type"))
     kind = str(data.get("exception_type", ""))
     message = str(data.get("exception_message", "")).strip()[:_TEXT_CHARS]
@@ -100,7 +102,7 @@ def execution_failure(job_id: str, data: Mapping[str, Any]) -> LegionError:
         exception_type=kind,
         exception_message=message,
         traceback=_traceback(data.get("traceback"), kind, message),
-        inputs_summary=_inputs(data.get("current_inputs")),
+        inputs_summary=_inputs(data.get("current_inputs"), [extra_data.get(key) for key in _SECRETS]),
     )
 
 
@@ -115,7 +117,7 @@ def _traceback(frames: object, kind: str, message: str) -> str:
     return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
 
 
-def _inputs(values: object) -> str:
+def _inputs(values: object, secrets: Sequence[object]) -> str:
     if not isinstance(values, Mapping):
         return ""
     lines: list[str] = []
@@ -123,8 +125,13 @@ def _inputs(values: object) -> str:
     for name, items in list(named.items())[:_INPUTS_SHOWN]:
         listed = cast("list[object]", items) if isinstance(items, list) else [items]
         count = "" if len(listed) == 1 else f"{len(listed)} items: "
-        text = f"{name}: {count}{', '.join(map(str, listed))}"
+        shown = "(not shown)" if _told(listed, secrets) else ", ".join(map(str, listed))
+        text = f"{name}: {count}{shown}"
         lines.append(text if len(text) <= _LINE_CHARS else text[: _LINE_CHARS - 3] + "...")
     if len(named) > _INPUTS_SHOWN:
         lines.append(f"... and {len(named) - _INPUTS_SHOWN} more inputs")
     return "\n".join(lines)
+
+
+def _told(listed: Sequence[object], secrets: Sequence[object]) -> bool:
+    return any(secret and str(secret) in str(item) for item in listed for secret in secrets)

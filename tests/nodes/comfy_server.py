@@ -195,6 +195,26 @@ class ProbeName:
         return (name,)
 
 
+class ProbeLogin:
+    """What nodes are told of the user and of previews; ``fail`` raises instead."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("STRING",), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"image": ("IMAGE",), "fail": ("BOOLEAN", {"default": False})},
+            "hidden": {"token": "AUTH_TOKEN_COMFY_ORG", "key": "API_KEY_COMFY_ORG"},
+        }
+
+    def run(self, image, fail, token=None, key=None):
+        from comfy.cli_args import args
+
+        if fail:
+            raise RuntimeError("refused")
+        return (f"{token} {key} {args.preview_method.value}",)
+
+
 CLASSES = (
     ProbeSource,
     ProbeWrite,
@@ -205,6 +225,7 @@ CLASSES = (
     ProbeItems,
     ProbeFirst,
     ProbeName,
+    ProbeLogin,
 )
 NODE_CLASS_MAPPINGS = {c.__name__: c for c in CLASSES}
 '''

@@ -162,6 +162,20 @@ def test_workers_that_can_not_be_told_to_free_memory_do_not_end_comfyuis_thread(
     assert "not told to free memory" in caplog.text
 
 
+def test_a_worker_previews_as_the_comfyui_around_it_unless_its_own_arguments_say_how(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def previews_by(method: str, *own: str) -> dict[str, object]:
+        args = SimpleNamespace(preview_method=SimpleNamespace(value=method))
+        monkeypatch.setitem(sys.modules, "comfy.cli_args", SimpleNamespace(args=args))
+        return bridge.forwarded_data(own)
+
+    assert previews_by("auto") == {"preview_method": "auto"}
+    assert previews_by("none") == {}
+    assert previews_by("auto", "--preview-method", "taesd") == {}
+    assert previews_by("auto", "--preview-method=taesd") == {}
+
+
 def test_log_lines_of_the_worker_come_to_our_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "legion_shm.worker"):
         run(flow("TestPrint", text="hello from there"))

@@ -445,6 +445,40 @@ def test_progress_and_previews_of_the_worker_appear_on_the_master(comfy: ComfySe
     assert any(b"\xff\xd8\xff" in picture or b"PNG" in picture for picture in pictures)
 
 
+def login_flow(tmp: Path, seed: int, fail: bool = False) -> dict[str, Any]:
+    asked = {
+        "0": node("LegionImporter"),
+        "1": node("ProbeLogin", image=["0", 0], fail=fail),
+        "2": node("LegionExporter", input_1=["1", 0]),
+    }
+    return master_flow(tmp, seed, workflow_text=text(asked))
+
+
+LOGIN = {"auth_token_comfy_org": "SECRET-TOKEN", "api_key_comfy_org": "SECRET-KEY"}
+
+
+def test_a_workers_nodes_have_the_users_login_and_way_to_preview(comfy: ComfyServer, tmp_path: Path) -> None:
+    def told(seed: int, **extra_data: str) -> str:
+        body = {"prompt": login_flow(tmp_path, seed), "extra_data": extra_data}
+        entry = comfy.wait(comfy.post("/prompt", body)["prompt_id"])
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        return str(np.load(tmp_path / "out.npy"))
+
+    takes_method = "preview_method" in (Path(COMFYUI or ".") / "execution.py").read_text(encoding="utf-8")
+    method = "latent2rgb" if takes_method else "none"
+    assert told(30, **LOGIN, preview_method="latent2rgb") == f"SECRET-TOKEN SECRET-KEY {method}"
+    assert told(31) == "None None none", "the next prompt has none of it"
+
+
+def test_the_users_login_is_in_no_error_and_no_log(comfy: ComfyServer, tmp_path: Path) -> None:
+    body = {"prompt": login_flow(tmp_path, 32, fail=True), "extra_data": LOGIN}
+    entry = comfy.wait(comfy.post("/prompt", body)["prompt_id"])
+    (error,) = [data for event, data in entry["status"]["messages"] if event == "execution_error"]
+    assert "token: (not shown)" in error["exception_message"]
+    assert "SECRET" not in json.dumps(entry["status"])
+    assert "SECRET" not in comfy.log()
+
+
 def test_the_release_node_ends_a_worker_and_says_what_came_back(comfy: ComfyServer, tmp_path: Path) -> None:
     prompt = master_flow(tmp_path, seed=14, workflow_text=text(worker_flow()))
     comfy.run(prompt)
