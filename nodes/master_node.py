@@ -86,7 +86,7 @@ class MasterNode:
         workflow_text: str | None = "",
         unique_id: object = None,
         **_: object,
-    ) -> str:
+    ) -> str | float:
         """The content of the chosen file, of all where its name comes over a link (None); and how many runs
         gave out what is of no use any more.
         """
@@ -97,7 +97,8 @@ class MasterNode:
         if workflow is None and not (workflow_text or "").strip():
             return f"{fingerprint_of_all()}:{spent}"
         name = None if workflow == FROM_CONFIGURATION else workflow
-        return f"{fingerprint(text=workflow_text or '', name=name)}:{spent}"
+        content = fingerprint(text=workflow_text or "", name=name)
+        return content if isinstance(content, float) else f"{content}:{spent}"
 
     def execute(
         self,

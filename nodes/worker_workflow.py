@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from legion_shm.errors import ConfigError, InvalidWorkflow
 from legion_shm.nodes.bridge import master_node_classes
 from legion_shm.nodes.folders import Folders, find_workflow, global_settings, workflow_names
 from legion_shm.nodes.saved_format import convert_saved_workflow, is_saved_format
+from legion_shm.nodes.worker_changes import answers_of
 from legion_shm.workflow import Workflow, load_workflow
 
 __all__ = [
@@ -55,13 +57,22 @@ def load_worker_workflow(*, text: str, name: str | None, spec: WorkerSpec) -> Wo
             "or paste one into its workflow_text",
             key="workflow",
         )
+    return _prompt_of(content, where, lambda: _node_lookup(spec))
+
+
+def _prompt_of(
+    content: str,
+    where: str,
+    lookup: Callable[[], Callable[[str], NodeInfo | None]],
+    pick: random.Random | None = None,
+) -> Workflow:
     raw = _parsed(content, where)
     if not isinstance(raw, dict):
         raise InvalidWorkflow(f"{where}: expected an object, got {type(raw).__name__}")
     document = cast("dict[str, Any]", raw)
     if is_saved_format(document):
         try:
-            return load_workflow(convert_saved_workflow(document, _node_lookup(spec)))
+            return load_workflow(convert_saved_workflow(document, lookup(), pick=pick))
         except InvalidWorkflow as error:
             raise _located(error, where) from None
     # A text beside the nodes ("_comment") is no node: LegionPower's own example has one.
@@ -107,15 +118,32 @@ def fingerprint_of_all() -> str:
     return seen.hexdigest()
 
 
-def fingerprint(*, text: str, name: str | None) -> str:
-    """Differs when the workflow does: for IS_CHANGED. Never raises; the run tells what is wrong."""
-    if text.strip() or not name:
+def fingerprint(*, text: str, name: str | None) -> str | float:
+    """Differs when the workflow does, or one of its nodes says so: for IS_CHANGED. NaN: changed each time.
+
+    Never raises; the run tells what is wrong.
+    """
+    if text.strip():
+        content, digest = text, "given"
+    elif name:
+        try:
+            raw = find_workflow(name, Folders.current()).read_bytes()
+        except (ConfigError, OSError) as error:
+            return f"none: {error}"
+        content, digest = raw.decode("utf-8-sig", "replace"), hashlib.sha256(raw).hexdigest()
+    else:
         return "given"
+    classes = master_node_classes()
+    if classes is None:
+        return digest
+    from legion_shm.nodes import NODE_CLASS_MAPPINGS
+
     try:
-        path = find_workflow(name, Folders.current())
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except (ConfigError, OSError) as error:
-        return f"none: {error}"
+        prompt = _prompt_of(content, "", lambda: _lookup_in(classes), random.Random(0))
+    except Exception:  # whatever is wrong with it
+        return digest
+    answers = answers_of(prompt, classes, NODE_CLASS_MAPPINGS)
+    return answers if isinstance(answers, float) else f"{digest}{answers}"
 
 
 def _content(path: Path) -> str:
@@ -166,7 +194,10 @@ def _node_lookup(spec: WorkerSpec) -> Callable[[str], NodeInfo | None]:
                 "Workflow, Export (API))"
             )
         classes = found
+    return _lookup_in(classes)
 
+
+def _lookup_in(classes: Mapping[str, Any]) -> Callable[[str], NodeInfo | None]:
     def lookup(name: str) -> NodeInfo | None:
         node_class = classes.get(name)
         return None if node_class is None else {"input": node_class.INPUT_TYPES()}

@@ -390,6 +390,27 @@ def test_a_file_that_is_named_over_a_link_runs_again_when_it_was_edited(
         assert np.abs(np.load(tmp_path / "out.npy") - (1.0 - first)).max() < 1e-6
 
 
+@pytest.mark.parametrize("of", ["text", "file"])
+def test_a_picture_that_the_worker_loads_is_loaded_again_when_it_was_replaced(
+    comfy: ComfyServer, tmp_path: Path, of: str
+) -> None:
+    picture = comfy.base / "input" / f"replaced-{of}.png"
+    loads = {
+        "0": node("LegionImporter"),
+        "1": node("LoadImage", image=picture.name),
+        "2": node("LegionExporter", input_1=["1", 0], input_2=["0", 0]),
+    }
+    prompt = master_flow(tmp_path, seed=40, **({"workflow_text": text(loads)} if of == "text" else {}))
+    if of == "file":
+        put(comfy, "loads.json", loads)
+        prompt["config"]["inputs"]["config_yaml"] = yaml("loads.json")
+    for colour, expected in (("white", 1.0), ("black", 0.0)):
+        Image.new("RGB", (8, 8), colour).save(picture)
+        comfy.run(prompt)
+        assert np.load(tmp_path / "out.npy").max() == expected
+        assert "master" not in comfy.executed(comfy.run(prompt), prompt)
+
+
 @pytest.mark.parametrize("asynch", [False, True])
 def test_interrupting_the_prompt_interrupts_the_worker_within_a_second(
     comfy: ComfyServer, tmp_path: Path, asynch: bool
