@@ -30,6 +30,7 @@ ChannelKind = Literal["ipc", "tcp"]
 
 _HIGH_WATER = 10_000  # frames; a peer that lets this many wait is not reading any more
 _SEND_TIMEOUT_MS = 30_000
+_RECEIVE_MAX_MS = 1 << 30  # of what ZeroMQ takes, which is an int: 12 days
 _LINGER_MS = 1_000  # a worker's last words may take this long to leave
 _DESCRIPTORS = 24  # a context with its bound ROUTER takes 10 to 12, the rest of a supervisor 4, a worker 6
 # Plain numbers: pyzmq's flags are enums, whose operators cost more than what they are used for.
@@ -331,8 +332,8 @@ class ClientChannel:
         _yield()
 
     def receive(self, timeout_s: float | None) -> bytes | None:
-        """The next frame; None after the timeout, or when a watched descriptor became readable."""
-        timeout_ms = -1 if timeout_s is None else max(0, int(timeout_s * 1000 + 0.999))
+        """The next frame; None after the timeout, or days, or when a watched descriptor became readable."""
+        timeout_ms = -1 if timeout_s is None else max(0, int(min(timeout_s * 1000 + 0.999, _RECEIVE_MAX_MS)))
         try:
             if self._poller is not None:
                 self._poller.poll(timeout_ms)

@@ -261,6 +261,17 @@ def test_waiting_ends_with_its_time(rig: Rig) -> None:
     assert monotonic_s() - started_s >= 0.04
 
 
+@pytest.mark.parametrize("watches", [False, True])
+def test_a_client_may_be_told_to_wait_for_longer_than_zeromq_can(rig: Rig, watches: bool) -> None:
+    client = rig.connected(A)
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        if watches:
+            client.watch(reader.fileno())
+        assert rig.server.send(A, b"frame")
+        assert client.receive(1e9) == b"frame"
+
+
 def test_a_client_that_waits_is_woken_by_a_descriptor(rig: Rig) -> None:
     client = rig.connected(A)
     reader, writer = socket.socketpair()
