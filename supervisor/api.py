@@ -399,6 +399,13 @@ class Supervisor:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Supervisor:
+        return self.__enter__()
+
+    async def __aexit__(self, *exception: object) -> None:
+        """`close` in a thread: the event loop goes on, whatever the workers take to end."""
+        await asyncio.to_thread(self.close)
+
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and hasattr(self, "_loop") and os.getpid() == self._pid:
             self._loop.request_close()  # first, for a warning may be an error

@@ -119,4 +119,14 @@ def exit_at_start(worker: str, event: WorkerExited) -> StartupError | None:
 def quoted(log_tail: tuple[str, ...]) -> str:
     if not log_tail:
         return ""
-    return ". Its last lines:\n  " + "\n  ".join(log_tail[-20:])
+    return ". Its last lines:\n  " + "\n  ".join(_telling(log_tail))
+
+
+def _telling(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """The last lines; of Python's report of a crash what broke, and where, without the other threads."""
+    crash = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+    if crash is not None:
+        for at in range(crash, len(lines)):
+            if lines[at].startswith("Current thread"):
+                return (*lines[max(crash - 5, 0) : crash + 1], *lines[at : at + 14])
+    return lines[-20:]

@@ -155,7 +155,9 @@ def _field_names(cls: type) -> tuple[object, ...] | None:
 def _enum_type(name: str, cls: type) -> ValueType:
     members: Mapping[str, object] = cls.__dict__["_member_map_"]
     composite = enum.Flag in cls.__mro__ and not any(
-        "_missing_" in vars(base) for base in cls.__mro__[: cls.__mro__.index(enum.Flag)]
+        "_missing_" in vars(base)
+        for base in cls.__mro__[: cls.__mro__.index(enum.Flag)]
+        if base is not enum.IntFlag  # which has one of its own before Python 3.11
     )
     hashes = _hash_is_generated_enum(cls)
 

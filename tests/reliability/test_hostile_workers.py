@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -86,16 +88,27 @@ out = torch.full(({ELEMENTS},), 1.0)
     assert float(fill(legion, 3.0).sum()) == 3.0 * ELEMENTS
 
 
-def test_one_segment_is_asked_for_at_a_time(legion: Supervisor) -> None:
+def test_one_segment_is_asked_for_at_a_time(legion: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import time
 send, frame = send_raw, wire(SegmentRequest(1 << 20))
-for _ in range(50):
+for _ in range(2):
     send(frame)
 time.sleep(10)
 """
-    with pytest.raises(WorkerLost, match="one more before the first came"):
-        do(legion, code).result(timeout=30)
+    refused = threading.Event()
+    create = legion._memory.create
+
+    def create_later(*arguments: Any) -> Any:
+        assert refused.wait(timeout=20), "the second request was let through"
+        return create(*arguments)
+
+    assert float(fill(legion, 1.0)[0]) == 1.0
+    with monkeypatch.context() as patched:
+        patched.setattr(legion._memory, "create", create_later)
+        with pytest.raises(WorkerLost, match="one more before the first came"):
+            do(legion, code).result(timeout=30)
+        refused.set()
     assert float(fill(legion, 2.0)[0]) == 2.0
 
 

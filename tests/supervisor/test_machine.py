@@ -17,6 +17,7 @@ from legion_shm.errors import (
 )
 from legion_shm.events import TerminalState
 from legion_shm.supervisor.machine import Limits, Machine
+from legion_shm.supervisor.machine_restarts import quoted
 from legion_shm.supervisor.state import (
     JOB_TABLE,
     WORKER_TABLE,
@@ -961,3 +962,17 @@ def test_a_job_that_no_worker_lives_to_begin_is_poisoned_all_the_same() -> None:
     assert isinstance(actions[0], ResolveJob)
     assert actions[0].state == "lost"
     assert "has cost 3 workers" in str(actions[0].error)
+
+
+def test_of_a_crash_is_told_what_broke_and_where_without_the_other_threads() -> None:
+    thread = ["Thread 0x01 (most recent call first):", *['  File "other.py", line 1 in run'] * 40, ""]
+    current = ["Current thread 0x02 (most recent call first):", '  File "node.py", line 7 in go']
+    told = quoted(("loading", "Fatal Python error: Segmentation fault", "", *thread, *current))
+    assert told.splitlines()[1:] == [
+        "  loading",
+        "  Fatal Python error: Segmentation fault",
+        f"  {current[0]}",
+        f"  {current[1]}",
+    ]
+    assert quoted(("Fatal Python error: Aborted", "no more")).endswith("Aborted\n  no more")
+    assert quoted(tuple(map(str, range(50)))).splitlines()[1:] == [f"  {n}" for n in range(30, 50)]

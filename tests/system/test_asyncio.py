@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from legion_shm import InvalidWorkflow, Job, JobCancelled, Supervisor
+from legion_shm import InvalidWorkflow, Job, JobCancelled, Supervisor, SupervisorClosed
 from tests.system.support import Gate, flow, run, spec
 
 
@@ -110,6 +110,30 @@ def test_the_event_loop_runs_on_while_inputs_are_encoded(
         ticker.cancel()
 
     asyncio.run(main())
+
+
+def test_async_with_closes_the_supervisor_while_the_event_loop_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    went_on = threading.Event()
+
+    async def main() -> Supervisor:
+        async with Supervisor() as legion:
+            job = await legion.asubmit(flow("TestPass"), inputs=[7], spec=spec())
+            assert (await job)["output_1"] == 7
+            close = legion.close
+
+            def waiting_close() -> None:
+                assert went_on.wait(timeout=20), "the event loop was held up"
+                close()
+
+            monkeypatch.setattr(legion, "close", waiting_close)
+            asyncio.get_running_loop().call_soon(lambda: asyncio.get_running_loop().call_soon(went_on.set))
+        return legion
+
+    legion = asyncio.run(main())
+    with pytest.raises(SupervisorClosed):
+        legion.submit(flow("TestPass"), inputs=[7], spec=spec())
 
 
 @pytest.mark.parametrize("when", ["its inputs are encoded", "it has been handed in"])
