@@ -24,7 +24,8 @@ def resolve_spec(spec: WorkerSpec) -> WorkerSpec:
 
     ``auto`` is graph where ``node_modules`` are given, which only that engine loads; else comfy where a
     ComfyUI is found, else graph. Raises ConfigError where ``comfy`` is asked for and none is found, for a
-    setting that the engine has no use for, for a path that is not there, and for what is no WorkerSpec.
+    ``comfyui_path`` or ``node_modules`` that the engine has no use for, for a program, ``working_dir`` or
+    node module that is not there, and for what is no WorkerSpec. The graph engine passes over ``extra_args``.
     """
     if not isinstance(cast("object", spec), WorkerSpec):
         raise ConfigError(f"spec: expected a WorkerSpec, got {type(spec).__name__}", key="spec")
