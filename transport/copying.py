@@ -100,6 +100,9 @@ class Chooser:
 _STREAMED_AT_MOST = 0.85
 """What was written past the caches is not there for the receiver, nor for whoever tells it: that must pay."""
 
+_NEVER_CACHED_BITS = (64 * 1024 * 1024).bit_length()
+"""Of copies from that size on nothing much is left in a cache, however they are made."""
+
 _Native = Callable[[int, int, int, bool], object]  # as memmove, and whether to write past the caches
 _native: _Native | None = None
 _helper = _Helper()
@@ -164,7 +167,8 @@ def copy_memory(dst_address: int, src_address: int, nbytes: int) -> None:
 def _chooser_of(nbytes: int) -> Chooser:
     chooser = _choosers.get(nbytes.bit_length())
     if chooser is None:
-        chooser = Chooser(at_most=1.0 if _native is None else _STREAMED_AT_MOST)
+        free = _native is None or nbytes.bit_length() >= _NEVER_CACHED_BITS
+        chooser = Chooser(at_most=1.0 if free else _STREAMED_AT_MOST)
         _choosers[nbytes.bit_length()] = chooser
     return chooser
 

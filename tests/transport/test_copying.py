@@ -159,6 +159,8 @@ def test_streaming_has_to_gain_and_a_second_thread_has_not() -> None:
     assert copying._choosers == {}, "what Python's helper took says nothing of native code"
     assert copied(SPLIT_MIN_BYTES)
     assert [each._at_most for each in copying._choosers.values()] == [copying._STREAMED_AT_MOST]
+    assert copying._chooser_of((64 << 20) - 1)._at_most == copying._STREAMED_AT_MOST
+    assert copying._chooser_of(64 << 20)._at_most == 1.0, "more than caches hold"
 
 
 def test_each_size_has_a_choice_of_its_own() -> None:
