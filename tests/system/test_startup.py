@@ -219,7 +219,7 @@ def test_a_worker_s_python_without_a_package_is_told_by_its_name(tmp_path: Path)
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module', name='torch')")
     with Supervisor() as legion, pytest.raises(StartupError) as caught:
         run(legion, "Identity", 1, on=WorkerSpec(engine="graph", python_path=str(tmp_path)))
-    assert f"{sys.executable} lacks the module 'torch'" in str(caught.value)
+    assert f"could not start: {sys.executable} lacks the module 'torch'" in str(caught.value)
     assert "Traceback" not in str(caught.value)
     assert "torch.py" in caught.value.traceback
 
