@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import re
+import select
 import signal
+import socket
 import threading
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -71,12 +72,18 @@ def test_ctrl_c_while_a_process_starts_counts_once_it_has_started(by_another_thr
     taker = (other if by_another_thread else threading.main_thread()).ident
     assert taker is not None
     started = False
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno())
 
     def start() -> None:
         nonlocal started
         with blocked_interrupts():
             signal.pthread_kill(taker, signal.SIGINT)
-            time.sleep(0.05)
+            if not by_another_thread:
+                assert signal.SIGINT in signal.sigpending()
+            else:
+                assert select.select([heard], [], [], 20)[0], "the other thread did not take the signal"
             started = True
 
     try:
@@ -86,6 +93,9 @@ def test_ctrl_c_while_a_process_starts_counts_once_it_has_started(by_another_thr
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:
+        signal.set_wakeup_fd(before)
+        heard.close()
+        told.close()
         idle.set()
         other.join()
 
