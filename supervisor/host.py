@@ -71,6 +71,7 @@ from legion_shm.workflow import Workflow
 __all__ = ["extend_path", "main"]
 
 _PROMPTS_KEPT = 64
+_LONG_TO_UNMAP_BYTES = 1 << 20
 _OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and numpy, of torch
 
 
@@ -317,6 +318,8 @@ class _Host:
                 self._memory.remotes.drop(reply.remotes)
             self._send(failure_reply(message, error))
         else:
+            if self._memory.copied_bytes(message.job) >= _LONG_TO_UNMAP_BYTES:
+                self._jobs.let_leave()
             self._memory.result_sent(message.job)
         if isinstance(reply, JobFailedReply) and reply.exception_type.endswith(_OUT_OF_MEMORY):
             self._require_engine().free()  # whatever is kept for later jobs, this one lacked its room

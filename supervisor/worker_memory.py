@@ -250,6 +250,11 @@ class WorkerMemory:
         if self._idle_since_s is None:
             self._note_idle()
 
+    def copied_bytes(self, job: str) -> int:
+        """What was copied of a result that is kept still: its memory is to be given back after the reply."""
+        kept = self._kept.get(job)
+        return 0 if kept is None else sum([stats.copied_bytes for stats in kept.stats.values()])
+
     def result_sent(self, job: str) -> None:
         """The result is on its way. What it refers to is kept until the supervisor has its leases."""
         kept = self._kept.get(job)

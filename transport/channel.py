@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,7 @@ class _Yield:
             self._not_before_s = ended_s + self.REST_S
 
 
+_LEAVES_S = 0.0001 if hasattr(os, "sched_yield") else 0.0  # on Windows it might be the clock's next tick
 _yield = _Yield(getattr(os, "sched_yield", lambda: None))
 
 
@@ -330,6 +332,12 @@ class ClientChannel:
         except zmq.Again:
             raise ProtocolError("the supervisor has stopped reading this worker's messages") from None
         _yield()
+
+    @staticmethod
+    def let_leave() -> None:
+        """Leave the processor to ZeroMQ's thread for a moment, before work that would keep it for long."""
+        if _LEAVES_S:
+            time.sleep(_LEAVES_S)
 
     def receive(self, timeout_s: float | None) -> bytes | None:
         """The next frame; None after the timeout, or days, or when a watched descriptor became readable."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -138,6 +139,16 @@ def test_who_has_sent_a_frame_lets_zeromqs_thread_run(rig: Rig, monkeypatch: pyt
     assert rig.server.send(A, b"two")
     assert turns == ["a turn"] * 2
     assert (rig.receive(), client.receive(10)) == ((A, b"one"), b"two")
+
+
+def test_a_sender_can_wait_for_what_it_sent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = rig.connected(A)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for leaves_s in (0.0, 0.0001):
+        monkeypatch.setattr(channel, "_LEAVES_S", leaves_s)
+        client.let_leave()
+    assert slept == [0.0001]
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 65535, 65536, MAX_BYTES])
