@@ -274,7 +274,7 @@ class SupervisorSettings(_Settings):
     """GPU memory that one process's arenas may grow to, of all devices together; 0: none is shared."""
     arena_wait_s: Seconds = 30.0
     """How long a transfer waits for shared memory before ArenaFull."""
-    inline_max_bytes: int = Field(default=32 << 10, ge=0, le=1 << 20)
+    inline_max_bytes: int = Field(default=64 << 10, ge=0, le=1 << 20)
     """Payloads up to this size travel inside the message; above, through shared memory."""
     max_message_bytes: int = Field(default=64 * MiB, ge=1 << 16, le=1 << 31)
     """Of one control message; larger ones raise MessageTooLarge."""

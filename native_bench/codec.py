@@ -29,7 +29,7 @@ _ROUND_S = 0.02
 """Short, so that both checkouts see the same machine."""
 
 _TURNS = 40
-_INLINE_MAX_BYTES = 32768
+_INLINE_MAX_BYTES = 65536
 
 Figures = tuple[float, float]
 

@@ -187,7 +187,7 @@ def test_an_image_goes_in_and_comes_out_scaled(legion: Run, tmp_path: Path) -> N
 
 
 def test_named_channels_tensors_and_the_json_document(legion: Run, tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.random.default_rng(1).random((1, 64, 64, 3), dtype=np.float32))
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).random((1, 96, 96, 3), dtype=np.float32))
     outcome = legion(
         "run", WORKFLOWS / "blend.json", "-i", "image=x.npy", "-i", "strength=0", "-o", "image=y.npy",
         "--engine", "graph", "--json",
@@ -197,7 +197,7 @@ def test_named_channels_tensors_and_the_json_document(legion: Run, tmp_path: Pat
     assert (document["state"], document["engine"], document["error"]) == ("done", "graph", None)
     assert document["job"].startswith("j-")
     assert document["outputs"]["image"] == {
-        "type": "tensor", "dtype": "float32", "shape": [1, 64, 64, 3], "bytes": 49152,
+        "type": "tensor", "dtype": "float32", "shape": [1, 96, 96, 3], "bytes": 110592,
         "file": "y.npy", "files": ["y.npy"],
     }  # fmt: skip
     assert document["stats"]["nodes_executed"] == 5
