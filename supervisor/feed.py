@@ -210,6 +210,8 @@ class JobFeed:
         Gives none after ``timeout`` seconds without any, and at once where the job's last one is before it.
         """
         self.check_process()
+        if timeout is not None:
+            timeout = min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
             news = partial(self._changed.wait_for, lambda: self._has_news(position))
             self._readers += 1

@@ -161,7 +161,7 @@ class Loop:
 
     def join(self, timeout_s: float) -> bool:
         """Whether the loop has ended within that time."""
-        self._thread.join(timeout_s)
+        self._thread.join(min(timeout_s, threading.TIMEOUT_MAX))
         return not self._thread.is_alive()
 
     def define(self, pool: str, spec: WorkerSpec) -> None:

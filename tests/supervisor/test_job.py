@@ -420,6 +420,17 @@ def test_asking_for_news_after_the_terminal_event_gives_none_at_once(rig: Rig) -
     assert box == [([], position)]
 
 
+@pytest.mark.parametrize("timeout", [1e300, float("inf")])
+def test_one_can_wait_for_news_longer_than_any_clock_goes(rig: Rig, timeout: float) -> None:
+    rig.emit()
+    position = rig.job.events_since(0)[1]
+    thread, box = in_thread(lambda: rig.job.events_since(position, timeout))
+    blocked(rig)
+    rig.progress(1)
+    thread.join(10)
+    assert [event.kind for event in box[0][0]] == ["progress"]
+
+
 def test_a_position_before_the_first_event_is_the_beginning(rig: Rig) -> None:
     rig.emit()
     assert [event.kind for event in rig.job.events_since(-3)[0]] == ["queued"]

@@ -260,3 +260,8 @@ def test_quantized_tensors_are_refused_in_shared_memory(legion: Supervisor) -> N
     with pytest.raises(UnsupportedValue, match="quantized"):
         legion.share(quantized)
     assert torch.equal(legion.share(quantized.int_repr()), torch.full((3,), 2, dtype=torch.uint8))
+
+
+def test_a_worker_may_have_more_time_to_stop_than_any_clock_goes() -> None:
+    with Supervisor(stop_grace_s=1e300, term_grace_s=1e300) as supervisor:
+        assert run(supervisor, "TestPass", 1) == 1
